@@ -1,0 +1,152 @@
+"""What a GPT's shape is: `GPTConfig` and the named presets. Needs no TensorFlow."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tf_gptopt._errors import UserError, suggest
+
+PerBlock = int | tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2 style decoder (Radford et al. 2019).
+
+    Args:
+        vocab_size: rows of the token table.
+        embedding_dim: width of the residual stream.
+        num_layers: number of blocks.
+        num_heads: attention heads, one number or one per block.
+        intermediate_dim: neurons of the MLP, one number or one per block; default 4 x width.
+        head_dim: width of one head; default embedding_dim / num_heads.
+        max_sequence_length: rows of the learned position table, the longest context.
+        dropout: rate after the embeddings, in attention and after each residual branch.
+        layer_norm_epsilon: added to the variance in every LayerNorm.
+        tie_embeddings: whether the logits use the token table (as GPT-2 does).
+
+    Raises:
+        UserError: when the numbers cannot make a model.
+    """
+
+    vocab_size: int
+    embedding_dim: int
+    num_layers: int
+    num_heads: PerBlock
+    intermediate_dim: PerBlock | None = None
+    head_dim: int | None = None
+    max_sequence_length: int = 1024
+    dropout: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "embedding_dim", "num_layers", "max_sequence_length"):
+            _check_positive(name, getattr(self, name))
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"dropout must be in [0, 1). Received: dropout={self.dropout}.")
+        set_field = object.__setattr__  # the dataclass is frozen
+        if self.head_dim is None:
+            heads = self.num_heads
+            if isinstance(heads, (tuple, list)):
+                if len(set(heads)) != 1:
+                    raise UserError(
+                        f"head_dim is needed when num_heads differs between blocks. "
+                        f"Received: num_heads={tuple(heads)}."
+                    )
+                heads = heads[0]
+            _check_positive("num_heads", heads)
+            if self.embedding_dim % heads:
+                near = max(n for n in range(1, heads + 1) if self.embedding_dim % n == 0)
+                raise UserError(
+                    f"num_heads must divide embedding_dim, or head_dim must be given. Received: "
+                    f"num_heads={heads}, embedding_dim={self.embedding_dim}. "
+                    f"num_heads={near} would do."
+                )
+            set_field(self, "head_dim", self.embedding_dim // heads)
+        _check_positive("head_dim", self.head_dim)
+        if self.intermediate_dim is None:
+            set_field(self, "intermediate_dim", 4 * self.embedding_dim)
+        for name in ("num_heads", "intermediate_dim"):
+            set_field(self, name, self._per_block(name))
+
+    def _per_block(self, name: str) -> PerBlock:
+        """One number where all blocks agree, else a tuple with one number per block."""
+        value = getattr(self, name)
+        if isinstance(value, (tuple, list)):
+            if len(value) != self.num_layers:
+                raise UserError(
+                    f"{name} must be one number or one per block (num_layers={self.num_layers}). "
+                    f"Received: {tuple(value)}."
+                )
+            value = tuple(value)
+            for item in value:
+                _check_positive(name, item)
+            return value[0] if len(set(value)) == 1 else value
+        _check_positive(name, value)
+        return value
+
+    @property
+    def block_heads(self) -> tuple[int, ...]:
+        """Attention heads of each block."""
+        return self._spread(self.num_heads)
+
+    @property
+    def block_intermediate_dims(self) -> tuple[int, ...]:
+        """MLP neurons of each block."""
+        return self._spread(self.intermediate_dim)
+
+    def _spread(self, value: PerBlock | None) -> tuple[int, ...]:
+        return value if isinstance(value, tuple) else (value,) * self.num_layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `GPTConfig.from_dict` reads them back."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GPTConfig:
+        """Build from `to_dict`'s values; an unknown key raises with the nearest known one."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise UserError(f"Unknown GPT option {key!r}.{suggest(key, known)}")
+        return cls(**values)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name} must be a positive integer. Received: {name}={value!r}.")
+
+
+GPT2_VOCAB = 50257
+
+PRESETS: dict[str, GPTConfig] = {
+    "tiny": GPTConfig(2048, 128, 2, 4, max_sequence_length=256),
+    "mini": GPTConfig(4096, 192, 4, 6, max_sequence_length=256),
+    "small": GPTConfig(8192, 384, 6, 6, max_sequence_length=512),
+    "gpt2": GPTConfig(GPT2_VOCAB, 768, 12, 12),
+    "gpt2-medium": GPTConfig(GPT2_VOCAB, 1024, 24, 16),
+    "gpt2-large": GPTConfig(GPT2_VOCAB, 1280, 36, 20),
+    "gpt2-xl": GPTConfig(GPT2_VOCAB, 1600, 48, 25),
+}
+
+
+def preset(name: str, **overrides: Any) -> GPTConfig:
+    """The named shape, with some of its numbers replaced.
+
+    Raises:
+        UserError: for an unknown name, with the nearest known one.
+    """
+    if name not in PRESETS:
+        raise UserError(f"Unknown preset {name!r}.{suggest(name, PRESETS)}")
+    base = PRESETS[name]
+    values = {**base.to_dict(), **overrides}
+    if "head_dim" not in overrides and overrides.keys() & {"embedding_dim", "num_heads"}:
+        values["head_dim"] = None
+    if "intermediate_dim" not in overrides and "embedding_dim" in overrides:
+        values["intermediate_dim"] = None
+    return GPTConfig.from_dict(values)

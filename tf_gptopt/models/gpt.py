@@ -1,0 +1,237 @@
+"""GPTModel: GPT-2's architecture as an ordinary flat Functional `keras.Model`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from tf_gptopt._errors import UserError
+from tf_gptopt._keras import keras
+from tf_gptopt.models.config import GPTConfig, PerBlock, preset
+from tf_gptopt.models.layers import (
+    CausalSelfAttention,
+    Gelu,
+    PositionEmbedding,
+    TokenEmbedding,
+    TokenLogits,
+    make_dropout,
+    register,
+)
+
+
+@register
+class GPTModel(keras.Model):
+    """A decoder-only Transformer (GPT-2: pre-LN, learned positions, gelu_new, tied logits).
+
+    It is a plain Functional model: `compile`, `fit`, `evaluate`, `save`, callbacks, dtype policies
+    and `tf.distribute` scopes work as in any Keras tutorial.
+
+    ```python
+    model = GPTModel(vocab_size=10000, embedding_dim=512, num_layers=6, num_heads=8)
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(inputs, labels, epochs=10)        # both (examples, time) int32
+    ```
+
+    Input `token_ids` `(batch, time)` int32, output logits `(batch, time, vocab_size)` float32.
+
+    Args: as `GPTConfig`, field by field; `graph` is `(inputs, outputs)` of an existing Functional
+        model of this shape (transforms that wrap layers use it).
+
+    Raises:
+        UserError: when the numbers cannot make a model.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_dim: int,
+        num_layers: int,
+        num_heads: PerBlock,
+        *,
+        intermediate_dim: PerBlock | None = None,
+        head_dim: int | None = None,
+        max_sequence_length: int = 1024,
+        dropout: float = 0.0,
+        layer_norm_epsilon: float = 1e-5,
+        tie_embeddings: bool = True,
+        graph: tuple[Any, Any] | None = None,
+        name: str = "gpt",
+    ) -> None:
+        config = GPTConfig(
+            vocab_size,
+            embedding_dim,
+            num_layers,
+            num_heads,
+            intermediate_dim=intermediate_dim,
+            head_dim=head_dim,
+            max_sequence_length=max_sequence_length,
+            dropout=dropout,
+            layer_norm_epsilon=layer_norm_epsilon,
+            tie_embeddings=tie_embeddings,
+        )
+        inputs, outputs = graph or build_graph(config)
+        super().__init__(inputs, outputs, name=name)
+        self.config = config
+        self.tokenizer = None
+        self.sampler = "greedy"
+        self._has_own_graph = graph is None
+
+    # Construction
+
+    @classmethod
+    def from_gpt_config(cls, config: GPTConfig, **kwargs: Any) -> GPTModel:
+        """A model of this shape, freshly initialised."""
+        return cls(
+            **{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, **kwargs
+        )
+
+    @classmethod
+    def from_preset(cls, name_or_folder: str, **overrides: Any) -> GPTModel:
+        """A named shape (`tiny` ... `gpt2-xl`, random weights), or a folder with weights.
+
+        A folder may be one that `save_to_preset` wrote or a Hugging Face GPT-2 checkpoint.
+        """
+        from pathlib import Path
+
+        if Path(name_or_folder).is_dir():
+            from tf_gptopt.models.checkpoints import load_checkpoint
+
+            if overrides:
+                raise UserError("A folder's shape cannot be overridden: its weights fix it.")
+            return load_checkpoint(name_or_folder)
+        return cls.from_gpt_config(preset(name_or_folder, **overrides))
+
+    def save_to_preset(self, folder: str) -> None:
+        """Write weights, config.json and the tokenizer (if attached) to `folder`, atomically."""
+        from tf_gptopt.models.checkpoints import save_model
+
+        save_model(self, folder)
+
+    # Keras
+
+    def compile(self, *args: Any, sampler: Any = None, **kwargs: Any) -> None:
+        """`keras.Model.compile`, with the sampler that `generate` uses by default."""
+        if sampler is not None:
+            from tf_gptopt.models.sampling import get_sampler
+
+            self.sampler = get_sampler(sampler)
+        super().compile(*args, **kwargs)
+
+    def generate(self, inputs: Any, max_length: int | None = None, **kwargs: Any) -> Any:
+        """Complete a prompt or a list of prompts; see `tf_gptopt.models.generation.generate`."""
+        from tf_gptopt.models.generation import generate
+
+        return generate(self, inputs, max_length=max_length, **kwargs)
+
+    def base_layer(self, name: str) -> keras.layers.Layer:
+        """The layer called `name`, or the wrapper around it (pruning, quantization)."""
+        found = self._layers_by_base_name.get(name)
+        if found is None:
+            raise UserError(f"The model has no layer {name!r}.")
+        return found
+
+    @property
+    def _layers_by_base_name(self) -> dict[str, keras.layers.Layer]:
+        return {getattr(layer, "layer", layer).name: layer for layer in self.layers}
+
+    def get_config(self) -> dict[str, Any]:
+        shape = self.config.to_dict()
+        if self._has_own_graph:
+            return {**shape, "name": self.name}
+        return {"gpt": shape, **super().get_config()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> GPTModel:
+        config = dict(config)
+        shape = config.pop("gpt", None)
+        if shape is None:
+            return cls(**config)
+        model = keras.Model.from_config(config, custom_objects)
+        return wrap_graph(model, GPTConfig.from_dict(shape))
+
+
+def build_graph(config: GPTConfig) -> tuple[Any, Any]:
+    """The Functional graph of a GPT: `(token_ids, logits)` symbolic tensors.
+
+    Layer names are part of the contract: checkpoints, pruning, quantization and export find layers
+    by them (`token_embedding`, `position_embedding`, `block_{i}_{attention_norm, qkv, attention,
+    proj, mlp_norm, fc, gelu, out}`, `final_norm`, `token_logits`).
+    """
+    layers = keras.layers
+    # GPT-2 shrinks what is added to the residual stream by the number of additions
+    residual_stddev = 0.02 / np.sqrt(2 * config.num_layers)
+
+    def dense(units: int, name: str, stddev: float = 0.02) -> keras.layers.Layer:
+        init = keras.initializers.RandomNormal(stddev=stddev)
+        return layers.Dense(units, kernel_initializer=init, name=name)
+
+    def norm(name: str) -> keras.layers.Layer:
+        return layers.LayerNormalization(epsilon=config.layer_norm_epsilon, name=name)
+
+    def drop(x: Any, name: str) -> Any:
+        return make_dropout(config.dropout, name=name)(x) if config.dropout else x
+
+    token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+
+    # Embeddings
+    x, table = TokenEmbedding(config.vocab_size, config.embedding_dim, name="token_embedding")(
+        token_ids
+    )
+    x = PositionEmbedding(config.max_sequence_length, name="position_embedding")(x)
+    x = drop(x, "embedding_dropout")
+
+    # Blocks
+    shapes = zip(config.block_heads, config.block_intermediate_dims, strict=True)
+    for i, (heads, neurons) in enumerate(shapes):
+        block = f"block_{i}"
+        y = norm(f"{block}_attention_norm")(x)
+        y = dense(3 * heads * config.head_dim, f"{block}_qkv")(y)
+        y = CausalSelfAttention(heads, config.dropout, name=f"{block}_attention")(y)
+        y = dense(config.embedding_dim, f"{block}_proj", residual_stddev)(y)
+        y = drop(y, f"{block}_attention_dropout")
+        x = layers.Add(name=f"{block}_attention_add")([x, y])
+
+        y = norm(f"{block}_mlp_norm")(x)
+        y = dense(neurons, f"{block}_fc")(y)
+        y = Gelu(name=f"{block}_gelu")(y)
+        y = dense(config.embedding_dim, f"{block}_out", residual_stddev)(y)
+        y = drop(y, f"{block}_mlp_dropout")
+        x = layers.Add(name=f"{block}_mlp_add")([x, y])
+
+    # Logits
+    x = norm("final_norm")(x)
+    if config.tie_embeddings:
+        logits = TokenLogits(name="token_logits")([x, table])
+    else:
+        init = keras.initializers.RandomNormal(stddev=0.02)
+        head = layers.Dense(
+            config.vocab_size,
+            use_bias=False,
+            kernel_initializer=init,
+            dtype="float32",
+            name="token_logits",
+        )
+        logits = head(x)
+    return token_ids, logits
+
+
+def wrap_graph(model: keras.Model, config: GPTConfig, name: str | None = None) -> GPTModel:
+    """A `GPTModel` around an existing Functional model's layers (shared, not copied)."""
+    return GPTModel.from_gpt_config(
+        config, graph=(model.inputs[0], model.outputs[0]), name=name or model.name
+    )
+
+
+def require_gpt(model: Any) -> GPTModel:
+    """Return `model` if it is a `GPTModel`; a `UserError` says how to get one otherwise."""
+    from tf_gptopt._keras import require_tf_keras
+
+    require_tf_keras(model)
+    if not isinstance(model, GPTModel):
+        raise UserError(
+            f"A GPTModel is needed. Received: {type(model).__name__}. Build one with "
+            "tf_gptopt.GPTModel(...) or read one with tf_gptopt.load_checkpoint(folder)."
+        )
+    return model

@@ -1,0 +1,165 @@
+"""The layers of a GPT that Keras does not have: embeddings, causal attention, tied logits.
+
+None of them hides a Dense inside: projections are ordinary `Dense` layers of the flat model, where
+pruning and quantization wrappers can see them. Sizes are read from the tensors, never from a model
+configuration, because structured pruning makes them differ from block to block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from tf_gptopt._errors import UserError
+from tf_gptopt._keras import keras
+
+register = keras.utils.register_keras_serializable(package="tf_gptopt")
+
+
+@register
+class TokenEmbedding(keras.layers.Layer):
+    """Looks tokens up and hands the table on, so that the logits can share it.
+
+    Returns two tensors, `(batch, time, width)` and the table `(vocab_size, width)`. Passing the
+    table through the graph (rather than calling this layer twice) keeps the model flat with one
+    node a layer, and what a wrapper does to the table (a mask, fake quantization) reaches both of
+    its uses.
+
+    Call arguments:
+        token_ids: `(batch, time)` int32, each in `[0, vocab_size)`.
+    """
+
+    def __init__(self, vocab_size: int, embedding_dim: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.vocab_size = vocab_size
+        self.embedding_dim = embedding_dim
+
+    def build(self, input_shape: Any) -> None:
+        self.embeddings = self.add_weight(
+            "embeddings",
+            (self.vocab_size, self.embedding_dim),
+            initializer=keras.initializers.RandomNormal(stddev=0.02),
+        )
+        super().build(input_shape)
+
+    def call(self, token_ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        table = tf.convert_to_tensor(self.embeddings)  # cast once under mixed precision
+        return tf.gather(table, token_ids), table
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "vocab_size": self.vocab_size,
+            "embedding_dim": self.embedding_dim,
+        }
+
+
+@register
+class PositionEmbedding(keras.layers.Layer):
+    """Adds a learned vector per position to `(batch, time, width)`, for time <= max_length."""
+
+    def __init__(self, max_length: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.max_length = max_length
+
+    def build(self, input_shape: Any) -> None:
+        self.embeddings = self.add_weight(
+            "embeddings",
+            (self.max_length, input_shape[-1]),
+            initializer=keras.initializers.RandomNormal(stddev=0.01),
+        )
+        super().build(input_shape)
+
+    def call(self, x: tf.Tensor, positions: tf.Tensor | None = None) -> tf.Tensor:
+        """Add positions 0..time-1, or the given ones, `(batch, time)` int32."""
+        table = tf.convert_to_tensor(self.embeddings)
+        if positions is not None:
+            return x + tf.gather(table, positions)
+        if x.shape[1] is not None and x.shape[1] > self.max_length:
+            raise UserError(
+                f"The input is {x.shape[1]} tokens long and the model's context is "
+                f"{self.max_length}. Cut the input or build the model with a larger "
+                "max_sequence_length."
+            )
+        return x + table[: tf.shape(x)[1]]
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "max_length": self.max_length}
+
+
+@register
+class CausalSelfAttention(keras.layers.Layer):
+    """Softmax attention of each position to itself and those before it; it has no weights.
+
+    Call arguments:
+        qkv: `(batch, time, 3 * num_heads * head_dim)`: queries, keys and values side by side.
+
+    Returns `(batch, time, num_heads * head_dim)`.
+    """
+
+    def __init__(self, num_heads: int, dropout: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.weights_dropout = make_dropout(dropout, name="weights_dropout") if dropout else None
+
+    def split_heads(self, qkv: tf.Tensor) -> list[tf.Tensor]:
+        """q, k and v, each `(batch, num_heads, time, head_dim)`."""
+        batch, time = tf.shape(qkv)[0], tf.shape(qkv)[1]
+        head_dim = qkv.shape[-1] // (3 * self.num_heads)
+        shape = [batch, time, self.num_heads, head_dim]
+        # tf.split, not slices: the gradient of three slices costs 15% of a training step
+        parts = tf.split(qkv, 3, axis=-1)
+        return [tf.transpose(tf.reshape(part, shape), [0, 2, 1, 3]) for part in parts]
+
+    def merge_heads(self, x: tf.Tensor) -> tf.Tensor:
+        """`(batch, num_heads, time, head_dim)` -> `(batch, time, num_heads * head_dim)`."""
+        x = tf.transpose(x, [0, 2, 1, 3])
+        return tf.reshape(x, [tf.shape(x)[0], tf.shape(x)[1], x.shape[2] * x.shape[3]])
+
+    def call(self, qkv: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        q, k, v = self.split_heads(qkv)
+        time = tf.shape(q)[2]
+        scores = tf.matmul(q * (q.shape[-1] ** -0.5), k, transpose_b=True)
+        future = 1.0 - tf.linalg.band_part(tf.ones([time, time]), -1, 0)
+        scores += tf.cast(future * mask_value(scores.dtype), scores.dtype)
+        weights = tf.nn.softmax(scores)
+        if self.weights_dropout is not None:
+            weights = self.weights_dropout(weights, training=training)
+        return self.merge_heads(tf.matmul(weights, v))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "num_heads": self.num_heads, "dropout": self.dropout}
+
+
+@register
+class Gelu(keras.layers.Layer):
+    """GPT-2's `gelu_new`: the tanh approximation (Hendrycks & Gimpel 2016)."""
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        return tf.nn.gelu(x, approximate=True)
+
+
+@register
+class TokenLogits(keras.layers.Layer):
+    """Logits from the shared token table: `[(batch, time, width), (vocab_size, width)]` in,
+    `(batch, time, vocab_size)` float32 out, under every dtype policy."""
+
+    def call(self, inputs: list[tf.Tensor]) -> tf.Tensor:
+        x, table = inputs
+        rows = tf.reshape(x, [-1, x.shape[-1]])  # one plain matmul, not a batched one
+        logits = tf.matmul(rows, table, transpose_b=True)
+        logits = tf.reshape(logits, [tf.shape(x)[0], tf.shape(x)[1], table.shape[0]])
+        return tf.cast(logits, tf.float32)
+
+
+def mask_value(dtype: tf.DType) -> float:
+    """What is added to a score to forbid it: far below any score, and finite in `dtype`."""
+    return -3e4 if dtype == tf.float16 else -1e9
+
+
+def make_dropout(rate: float, **kwargs: Any) -> keras.layers.Dropout:
+    """A Dropout whose random state is a variable: a checkpoint holds it, so a resumed run draws
+    the masks that an undisturbed one would have drawn."""
+    return keras.layers.Dropout(rate, rng_type="stateful", **kwargs)
