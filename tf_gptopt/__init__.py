@@ -1,1 +1,57 @@
-"""x"""
+"""tf_gptopt: raw text in, the smallest and fastest GPT that still says the same out.
+
+Names load on first use (PEP 562), so `import tf_gptopt` costs no TensorFlow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from tf_gptopt._version import __version__
+
+# Where each public name lives; __init__.pyi says the same to type checkers.
+_PUBLIC = {
+    "models.config": ["GPTConfig", "PRESETS"],
+    "models.gpt": ["GPTModel"],
+    "models.checkpoints": ["load_checkpoint", "load_model", "save_model"],
+    "models.generation": ["generate"],
+    "data.corpus": ["Document", "load_corpus"],
+    "data.tokenizer": ["Tokenizer", "train_tokenizer"],
+    "data.packing": ["write_dataset"],
+    "data.dataset": ["TokenDataset"],
+    "training.config": ["TrainConfig"],
+    "training.strategy": ["choose_strategy"],
+    "training.precision": ["choose_precision"],
+    "training.optimizer": ["adamw"],
+    "training.loss": ["NextTokenLoss"],
+    "training.trainer": ["fit"],
+    "compression.pruning.config": ["PruneConfig"],
+    "compression.pruning.magnitude": ["prune", "pruning_callbacks", "sparsity", "strip_pruning"],
+    "compression.pruning.structured": ["shrink"],
+    "compression.quantization.config": ["QuantConfig"],
+    "compression.quantization.qat": ["quantize_aware", "strip_quantization"],
+    "compression.distillation.config": ["DistillConfig"],
+    "compression.distillation.distiller": ["Distiller"],
+    "tflite.convert": ["export_tflite"],
+    "tflite.runtime": ["TFLiteGPT"],
+    "evaluation.report": ["evaluate"],
+    "recipes.recipe": ["Recipe", "load_recipe"],
+    "recipes.runner": ["run_recipe"],
+    "_errors": ["UserError"],
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tf_gptopt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"tf_gptopt.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -13,7 +13,7 @@ import tf_keras as keras
 
 from tf_gptopt._errors import UserError
 
-__all__ = ["keras", "require_tf_keras", "tfmot"]
+__all__ = ["keras", "require_tf_keras", "tfmot"]  # noqa: F822 (tfmot is lazy, below)
 
 
 def __getattr__(name: str) -> Any:
