@@ -35,7 +35,7 @@ _PUBLIC = {
     "compression.distillation.distiller": ["Distiller"],
     "tflite.convert": ["export_tflite"],
     "tflite.runtime": ["TFLiteGPT"],
-    "evaluation.report": ["evaluate"],
+    "evaluation.compare": ["Candidate", "evaluate"],
     "recipes.recipe": ["Recipe", "load_recipe"],
     "recipes.runner": ["run_recipe"],
     "_errors": ["UserError"],

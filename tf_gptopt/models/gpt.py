@@ -13,6 +13,7 @@ from tf_gptopt.models.config import GPTConfig, PerBlock, preset
 from tf_gptopt.models.layers import (
     CausalSelfAttention,
     Gelu,
+    LayerNorm,
     PositionEmbedding,
     TokenEmbedding,
     TokenLogits,
@@ -119,6 +120,12 @@ class GPTModel(keras.Model):
             self.sampler = get_sampler(sampler)
         super().compile(*args, **kwargs)
 
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        # Keras leaves this out when it loads a model that has a `compile` of its own
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if isinstance(self.optimizer, keras.optimizers.Optimizer):  # not a legacy one
+            self.optimizer.build(self.trainable_variables)
+
     def generate(self, inputs: Any, max_length: int | None = None, **kwargs: Any) -> Any:
         """Complete a prompt or a list of prompts; see `tf_gptopt.models.generation.generate`."""
         from tf_gptopt.models.generation import generate
@@ -140,7 +147,9 @@ class GPTModel(keras.Model):
         shape = self.config.to_dict()
         if self._has_own_graph:
             return {**shape, "name": self.name}
-        return {"gpt": shape, **super().get_config()}
+        # Keras describes the layers of plain Functional models only, not of subclasses of it
+        graph = keras.Model(self.inputs, self.outputs, name=self.name)
+        return {"gpt": shape, **graph.get_config()}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> GPTModel:
@@ -168,7 +177,7 @@ def build_graph(config: GPTConfig) -> tuple[Any, Any]:
         return layers.Dense(units, kernel_initializer=init, name=name)
 
     def norm(name: str) -> keras.layers.Layer:
-        return layers.LayerNormalization(epsilon=config.layer_norm_epsilon, name=name)
+        return LayerNorm(epsilon=config.layer_norm_epsilon, name=name)
 
     def drop(x: Any, name: str) -> Any:
         return make_dropout(config.dropout, name=name)(x) if config.dropout else x

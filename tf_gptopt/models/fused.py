@@ -1,0 +1,139 @@
+"""GELU, LayerNorm and cross-entropy as single compiled loops, for training.
+
+TensorFlow runs a formula operation by operation, each a pass over memory. Here a formula and its
+gradient, written by hand, are each one XLA island: on a CPU that makes GELU and cross-entropy four
+times faster and LayerNorm twice. XLA compiles an island anew for every shape, so layers use them in
+training, where the shape stays the same, and the plain TensorFlow operation elsewhere.
+
+All of them compute in float32 and return the dtype that they were given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from tf_gptopt._keras import keras
+
+_SQRT_2_OVER_PI = float(np.sqrt(2 / np.pi))
+_CUBIC = 0.044715
+
+
+def xla(function: Callable) -> Callable:
+    """`function` compiled by XLA where XLA exists, else as an ordinary `tf.function`."""
+    jit = keras.src.utils.tf_utils.can_jit_compile()
+    return tf.function(function, jit_compile=jit or None, autograph=False)
+
+
+@tf.custom_gradient
+def gelu(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+    """GPT-2's `gelu_new`: x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) / 2."""
+    return _gelu(x), lambda upstream: _gelu_gradient(x, upstream)
+
+
+@xla
+def _gelu(x: tf.Tensor) -> tf.Tensor:
+    x32 = tf.cast(x, tf.float32)
+    return tf.cast(0.5 * x32 * (1.0 + _gelu_tanh(x32)), x.dtype)
+
+
+@xla
+def _gelu_gradient(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
+    x32 = tf.cast(x, tf.float32)
+    tanh = _gelu_tanh(x32)
+    inner = _SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * x32 * x32)
+    slope = 0.5 * (1.0 + tanh) + 0.5 * x32 * (1.0 - tanh * tanh) * inner
+    return tf.cast(tf.cast(upstream, tf.float32) * slope, x.dtype)
+
+
+def _gelu_tanh(x: tf.Tensor) -> tf.Tensor:
+    return tf.tanh(_SQRT_2_OVER_PI * (x + _CUBIC * x * x * x))
+
+
+def layer_norm(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:
+    """(x - mean) / sqrt(variance + epsilon) * gamma + beta over the last axis (Ba et al. 2016)."""
+
+    @tf.custom_gradient
+    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        y, mean, scale = _layer_norm(x, gamma, beta, epsilon)
+        return y, lambda upstream: _layer_norm_gradient(x, gamma, mean, scale, upstream)
+
+    return normalize(x, gamma, beta)
+
+
+@xla
+def _layer_norm(
+    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    rows = _rows(x)
+    mean = _row_mean(rows)
+    centered = rows - mean
+    scale = tf.math.rsqrt(_row_mean(centered * centered) + epsilon)
+    y = centered * scale * tf.cast(gamma, tf.float32) + tf.cast(beta, tf.float32)
+    return tf.cast(tf.reshape(y, tf.shape(x)), x.dtype), mean, scale
+
+
+@xla
+def _layer_norm_gradient(
+    x: tf.Tensor, gamma: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, upstream: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    dy = _rows(upstream)
+    normal = (_rows(x) - mean) * scale
+    scaled = dy * tf.cast(gamma, tf.float32)
+    dx = scale * (scaled - _row_mean(scaled) - normal * _row_mean(scaled * normal))
+    d_gamma, d_beta = tf.reduce_sum(dy * normal, 0), tf.reduce_sum(dy, 0)
+    return (
+        tf.cast(tf.reshape(dx, tf.shape(x)), x.dtype),
+        tf.cast(d_gamma, gamma.dtype),
+        tf.cast(d_beta, gamma.dtype),
+    )
+
+
+@tf.custom_gradient
+def cross_entropy(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+    """-log softmax(logits)[label] of every row: `(rows, vocab)`, `(rows,)` int32 -> `(rows,)`.
+
+    The softmax is computed once and serves the gradient too (softmax - one_hot). A label outside
+    `[0, vocab)` gives NaN.
+    """
+    probabilities = tf.nn.softmax(tf.cast(logits, tf.float32))
+
+    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, None]:
+        slope = _cross_entropy_gradient(probabilities, labels, upstream)
+        return tf.cast(slope, logits.dtype), None
+
+    return _cross_entropy(logits, probabilities, labels), gradient
+
+
+@xla
+def _cross_entropy(logits: tf.Tensor, probabilities: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    # log sum exp from the largest class alone: its probability is at least 1/vocab, never 0
+    logits = tf.cast(logits, tf.float32)
+    normalizer = tf.reduce_max(logits, -1) - tf.math.log(tf.reduce_max(probabilities, -1))
+    vocab = tf.shape(logits)[-1]
+    chosen = tf.gather(logits, tf.clip_by_value(labels, 0, vocab - 1), batch_dims=1)
+    is_class = (labels >= 0) & (labels < vocab)
+    return tf.where(is_class, normalizer - chosen, np.nan)
+
+
+@xla
+def _cross_entropy_gradient(
+    probabilities: tf.Tensor, labels: tf.Tensor, upstream: tf.Tensor
+) -> tf.Tensor:
+    one_hot = tf.one_hot(labels, probabilities.shape[-1])
+    return (probabilities - one_hot) * upstream[:, None]
+
+
+def _rows(x: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tf.reshape(x, [-1, x.shape[-1]]), tf.float32)
+
+
+def _row_mean(rows: tf.Tensor) -> tf.Tensor:
+    """`(rows, width)` -> `(rows, 1)`."""
+    if tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"):
+        return tf.reduce_mean(rows, -1, keepdims=True)
+    # XLA's row sum is a scalar loop on a CPU, its product is not (and a GPU's would be TF32)
+    width = rows.shape[-1]
+    return tf.matmul(rows, tf.fill([width, 1], 1.0 / width))

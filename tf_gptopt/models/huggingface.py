@@ -1,0 +1,208 @@
+"""Hugging Face GPT-2 checkpoints <-> our names.
+
+Source of the layout: `transformers` GPT2LMHeadModel. Its Conv1D keeps kernels as (in, out), as
+Keras does, so only names change; the output table of an untied model is transposed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tf_gptopt._errors import UserError
+from tf_gptopt._files import read_json
+from tf_gptopt.models.config import GPTConfig
+from tf_gptopt.models.safetensors_file import read_tensors
+
+# Options whose other values change what the model computes.
+_REQUIRED = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+}
+_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
+
+_TOP = {
+    "wte.weight": "token_embedding/embeddings",
+    "wpe.weight": "position_embedding/embeddings",
+    "ln_f.weight": "final_norm/gamma",
+    "ln_f.bias": "final_norm/beta",
+}
+_BLOCK = {
+    "ln_1.weight": "attention_norm/gamma",
+    "ln_1.bias": "attention_norm/beta",
+    "attn.c_attn.weight": "qkv/kernel",
+    "attn.c_attn.bias": "qkv/bias",
+    "attn.c_proj.weight": "proj/kernel",
+    "attn.c_proj.bias": "proj/bias",
+    "ln_2.weight": "mlp_norm/gamma",
+    "ln_2.bias": "mlp_norm/beta",
+    "mlp.c_fc.weight": "fc/kernel",
+    "mlp.c_fc.bias": "fc/bias",
+    "mlp.c_proj.weight": "out/kernel",
+    "mlp.c_proj.bias": "out/bias",
+}
+_BLOCK_NAME = re.compile(r"h\.(\d+)\.(.+)")
+_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks of old versions
+
+
+def read_gpt2(folder: Path, config: dict[str, Any]) -> tuple[GPTConfig, dict[str, np.ndarray]]:
+    """Shape and weights, by our names, of a folder with model.safetensors (or its shards).
+
+    Raises:
+        UserError: for another architecture, an unsupported option, and missing or damaged files.
+    """
+    tensors = {
+        name.removeprefix("transformer."): tensor for name, tensor in _read_all(folder).items()
+    }
+    head = tensors.pop("lm_head.weight", None)
+    weights = {}
+    for name, tensor in tensors.items():
+        ours = _our_name(name)
+        if ours is not None:
+            weights[ours] = tensor
+    table = weights.get("token_embedding/embeddings")
+    tied = config.get("tie_word_embeddings") is not False
+    if head is not None:
+        tied = tied and np.array_equal(head, table)
+        if not tied:
+            weights["token_logits/kernel"] = np.ascontiguousarray(head.T)
+    return _gpt_config(config, tied), weights
+
+
+def end_of_text_id(config: dict[str, Any]) -> int | None:
+    """`eos_token_id` of a config.json: a number, or a list whose first is taken, or nothing."""
+    value = config.get("eos_token_id")
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return value
+
+
+def to_gpt2(
+    config: GPTConfig, weights: Mapping[str, np.ndarray], eot_id: int | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """config.json and tensors of the same model for `transformers`.
+
+    Raises:
+        UserError: when blocks differ in size or heads do not span the width: GPT-2's format has
+            one number for all of them.
+    """
+    heads, neurons = config.num_heads, config.intermediate_dim
+    if isinstance(heads, tuple) or isinstance(neurons, tuple):
+        raise UserError(
+            "Hugging Face's GPT-2 format has one num_heads and one intermediate_dim for all "
+            f"blocks. This model has num_heads={heads}, intermediate_dim={neurons}. "
+            'Save it with format="tf_gptopt".'
+        )
+    if heads * config.head_dim != config.embedding_dim:
+        raise UserError(
+            "Hugging Face's GPT-2 format needs num_heads x head_dim = embedding_dim. Received: "
+            f"{heads} x {config.head_dim}, {config.embedding_dim}. "
+            'Save it with format="tf_gptopt".'
+        )
+    theirs = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": config.vocab_size,
+        "n_embd": config.embedding_dim,
+        "n_layer": config.num_layers,
+        "n_head": heads,
+        "n_inner": neurons,
+        "n_positions": config.max_sequence_length,
+        "n_ctx": config.max_sequence_length,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
+    }
+    tensors = {}
+    for name, tensor in weights.items():
+        if name == "token_logits/kernel":
+            tensors["lm_head.weight"] = np.ascontiguousarray(tensor.T)
+        else:
+            tensors[f"transformer.{_their_name(name)}"] = tensor
+    return theirs, tensors
+
+
+def _gpt_config(config: dict[str, Any], tied: bool) -> GPTConfig:
+    kind = config["model_type"]
+    if kind != "gpt2":
+        raise UserError(f"Only model_type 'gpt2' can be read. Received: {kind!r}.")
+    for key, expected in _REQUIRED.items():
+        if config.get(key, expected) != expected:
+            raise UserError(f"GPT-2 with {key}={config[key]} is not supported.")
+    activation = config.get("activation_function", "gelu_new")
+    if activation not in _ACTIVATIONS:
+        raise UserError(
+            f"activation_function must be one of {', '.join(_ACTIVATIONS)}. "
+            f"Received: {activation!r}."
+        )
+    names = ("vocab_size", "n_embd", "n_layer", "n_head")
+    lacking = [name for name in names if config.get(name) is None]
+    if lacking:
+        raise UserError(f"config.json lacks {', '.join(lacking)}. Restore the original file.")
+    return GPTConfig(
+        vocab_size=config["vocab_size"],
+        embedding_dim=config["n_embd"],
+        num_layers=config["n_layer"],
+        num_heads=config["n_head"],
+        intermediate_dim=config.get("n_inner"),
+        max_sequence_length=config.get("n_positions") or config.get("n_ctx") or 1024,
+        dropout=float(config.get("resid_pdrop", 0.1) or 0.0),
+        layer_norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
+        tie_embeddings=tied,
+    )
+
+
+def _read_all(folder: Path) -> dict[str, np.ndarray]:
+    index_file = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index_file.is_file():
+        return read_tensors(_weights_file(folder))
+    index = read_json(index_file)
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(where, dict) or any(Path(str(f)).name != f for f in where.values()):
+        raise UserError(f"{index_file} is not an index of files. Restore the original file.")
+    tensors: dict[str, np.ndarray] = {}
+    for shard in sorted(set(where.values())):
+        tensors |= read_tensors(folder / shard)
+    return tensors
+
+
+def _weights_file(folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    if not path.is_file() and (folder / "pytorch_model.bin").is_file():
+        raise UserError(
+            f"{folder} has its weights in pytorch_model.bin, a pickle, which can run code when it "
+            "is read. Save it again with transformers: "
+            "model.save_pretrained(folder, safe_serialization=True)."
+        )
+    return path
+
+
+def _our_name(name: str) -> str | None:
+    if name in _TOP:
+        return _TOP[name]
+    if _BUFFERS.fullmatch(name):
+        return None
+    match = _BLOCK_NAME.fullmatch(name)
+    if match and match[2] in _BLOCK:
+        return f"block_{match[1]}_{_BLOCK[match[2]]}"
+    raise UserError(f"The checkpoint has a tensor that GPT-2 does not have: {name!r}.")
+
+
+def _their_name(name: str) -> str:
+    for theirs, ours in _TOP.items():
+        if ours == name:
+            return theirs
+    _, block, rest = name.split("_", 2)
+    inverse = {ours: theirs for theirs, ours in _BLOCK.items()}
+    return f"h.{block}.{inverse[rest]}"
