@@ -1,0 +1,245 @@
+"""Documents become two streams of ids: all of them, once, and none in both."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import resource
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tf_gptopt import _files
+from tf_gptopt._errors import UserError
+from tf_gptopt.data.corpus import Document, load_corpus
+from tf_gptopt.data.packing import DatasetInfo, write_dataset
+from tf_gptopt.data.tokenizer import END_OF_TEXT, Tokenizer, train_tokenizer
+
+WORDS = [
+    "the",
+    "cat",
+    "sat on",
+    "a mat.",
+    "said:",
+    "def",
+    "f(x):",
+    "return",
+    "字",
+    "🙂",
+    "\n\n",
+    "\t",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([" ".join(WORDS) * 20], 300)
+
+
+def documents(count: int, words: int = 30, seed: int = 0) -> list[Document]:
+    rng = np.random.default_rng(seed)
+    return [Document(f"{i}", f"{i} " + " ".join(rng.choice(WORDS, words))) for i in range(count)]
+
+
+def read(folder: Path, split: str, tokenizer: Tokenizer) -> list[str]:
+    """The documents of a stream, from the files alone."""
+    dtype = json.loads((folder / "dataset.json").read_text())["dtype"]
+    ids = np.fromfile(folder / f"{split}.bin", dtype)
+    assert ids[-1] == tokenizer.eot_id
+    ends = np.flatnonzero(ids == tokenizer.eot_id)
+    starts = [0, *(ends[:-1] + 1)]
+    return [tokenizer.decode(ids[a:b]) for a, b in zip(starts, ends, strict=True)]
+
+
+texts = st.lists(
+    st.text(alphabet=st.characters(codec="utf-8"), min_size=1, max_size=60)
+    | st.sampled_from(["def f(x):\n    return x\n", "the cat", "字🙂", " \n "]),
+    min_size=2,
+    max_size=25,
+    unique=True,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=texts, fraction=st.floats(0.01, 0.9), seed=st.integers(-3, 2**70))
+def test_streams_hold_every_document_once(
+    tokenizer: Tokenizer, texts: list[str], fraction: float, seed: int
+) -> None:
+    given_documents = [Document(str(i), text) for i, text in enumerate(texts)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lengths = [len(ids) + 1 for ids in tokenizer.encode_batch(texts)]
+        if min(lengths) * 2 > sum(lengths):  # the half of the corpus that validation may have
+            with pytest.raises(UserError, match="too small"):
+                write_dataset(given_documents, tokenizer, folder, 1, fraction, seed)
+            assert not list(folder.iterdir())
+            return
+        info = write_dataset(given_documents, tokenizer, folder, 1, fraction, seed)
+        train, valid = (read(folder, split, tokenizer) for split in ("train", "valid"))
+        assert sorted(train + valid) == sorted(texts)
+        assert (len(train), len(valid)) == (info.train.documents, info.valid.documents)
+        assert min(len(train), len(valid)) >= 1
+        size = sum(len(text.encode()) for text in texts)
+        assert info.train.text_bytes + info.valid.text_bytes == size
+
+
+def test_info_describes_the_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    progress: list[tuple[int, int]] = []
+    info = write_dataset(
+        documents(200),
+        tokenizer,
+        tmp_path,
+        16,
+        0.1,
+        seed=3,
+        on_progress=lambda *a: progress.append(a),
+    )
+    assert DatasetInfo.load(tmp_path) == info
+    for name in ("train", "valid"):
+        data = (tmp_path / f"{name}.bin").read_bytes()
+        split = info.split(name)
+        assert len(data) == 2 * split.tokens
+        assert hashlib.sha256(data).hexdigest() == split.sha256
+    assert (info.train_tokens, info.valid_tokens) == (info.train.tokens, info.valid.tokens)
+    assert info.dtype == "uint16"
+    assert info.tokenizer_fingerprint == tokenizer.fingerprint
+    assert (info.vocab_size, info.eot_id) == (tokenizer.vocab_size, 0)
+    assert 0.03 < info.valid.documents / 200 < 0.2
+    total = info.train.text_bytes + info.valid.text_bytes
+    assert progress[-1] == (total, total)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "dataset.json",
+        "train.bin",
+        "valid.bin",
+    ]
+    with pytest.raises(UserError, match="'test'"):
+        info.split("test")
+
+
+def test_split_is_stable_and_seeded(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def valid(count: int, seed: int = 0, rename: str = "", reverse: bool = False) -> set[str]:
+        rows = [dataclasses.replace(d, name=rename + d.name) for d in documents(count)]
+        write_dataset(rows[::-1] if reverse else rows, tokenizer, tmp_path, 8, 0.1, seed)
+        return set(read(tmp_path, "valid", tokenizer))
+
+    few, many = valid(200), valid(400)
+    assert few <= many
+    assert few == valid(200, rename="other/") == valid(200, reverse=True)
+    assert few != valid(200, seed=1)
+
+
+def test_same_input_gives_the_same_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        rows = documents(100)[:: 1 if name == "a" else -1]
+        write_dataset(rows, tokenizer, tmp_path / name, 8)
+    for file in ("train.bin", "valid.bin", "dataset.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_copies_land_on_one_side(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [Document(f"{copy}/{d.name}", d.text) for d in documents(60) for copy in range(3)]
+    write_dataset(rows, tokenizer, tmp_path, 8, 0.3)
+    train, valid = (set(read(tmp_path, split, tokenizer)) for split in ("train", "valid"))
+    assert not train & valid
+
+
+def test_standard_library_does_not_leak(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    corpus = [d for d in load_corpus() if d.name.startswith(("json", "email", "http", "re"))]
+    info = write_dataset(corpus, tokenizer, tmp_path, 64, 0.2)
+    train, valid = (set(read(tmp_path, split, tokenizer)) for split in ("train", "valid"))
+    assert train | valid == {document.text for document in corpus}
+    assert not train & valid
+    assert info.valid.tokens > 64
+
+
+def test_large_vocabularies_take_four_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    content = json.loads(tokenizer._json)
+    content["model"]["vocab"]["far"] = 70_000
+    far = Tokenizer(json.dumps(content))
+    assert far.vocab_size == 70_001
+    info = write_dataset(documents(40), far, tmp_path, 8)
+    assert info.dtype == "uint32"
+    assert sorted(read(tmp_path, "train", far) + read(tmp_path, "valid", far)) == sorted(
+        document.text for document in documents(40)
+    )
+
+
+def test_two_documents_of_unequal_size_train_on_the_large_one(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    large = Document("large", "the cat sat on a mat. " * 500)
+    for i in range(8):  # whatever the hash says
+        info = write_dataset(
+            [large, Document("small", f"the cat {i}")], tokenizer, tmp_path, 2, seed=i
+        )
+        assert info.train.text_bytes == len(large.text)
+
+
+@pytest.mark.parametrize("rows", [[], documents(1), documents(2, words=3)])
+def test_too_small_a_corpus(tokenizer: Tokenizer, tmp_path: Path, rows: list[Document]) -> None:
+    with pytest.raises(UserError, match=r"too small: it has \d documents.*at least 129.*Give more"):
+        write_dataset(rows, tokenizer, tmp_path / "out", 128)
+    assert not (tmp_path / "out").exists()
+
+
+def test_impossible_settings(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = documents(20)
+    with pytest.raises(UserError, match="sequence_length must be positive"):
+        write_dataset(rows, tokenizer, tmp_path, 0)
+    for fraction in (0, 1, -0.1, float("nan")):
+        with pytest.raises(UserError, match="valid_fraction must be between"):
+            write_dataset(rows, tokenizer, tmp_path, 8, fraction)
+    silent = Tokenizer(tokenizer._json.replace(END_OF_TEXT, "</s>"))
+    with pytest.raises(UserError, match="no end-of-text token"):
+        write_dataset(rows, silent, tmp_path, 8)
+
+
+def test_a_disk_that_fills_up_loses_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    old = write_dataset(documents(50), tokenizer, tmp_path, 8)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises((OSError, UserError), match="large"):
+            write_dataset(documents(90), tokenizer, tmp_path, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert DatasetInfo.load(tmp_path) == old
+
+
+def test_death_between_the_files_leaves_no_description(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(documents(50), tokenizer, tmp_path, 8)
+    renamed: list[str] = []
+    replace = _files.os.replace
+
+    def die_after_the_first(source: str, target: Path) -> None:
+        replace(source, target)
+        renamed.append(Path(target).name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tf_gptopt._files.os.replace", die_after_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(documents(90), tokenizer, tmp_path, 8)
+    assert len(renamed) >= 1
+    with pytest.raises(UserError, match="There is no dataset in"):
+        DatasetInfo.load(tmp_path)
+
+
+def test_bad_descriptions(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no dataset in"):
+        DatasetInfo.load(tmp_path)
+    for content in ("[]", "{}", '{"format": "other"}', '{"format": "tf_gptopt.dataset.1"}'):
+        (tmp_path / "dataset.json").write_text(content)
+        with pytest.raises(UserError, match="Make the dataset again"):
+            DatasetInfo.load(tmp_path)
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        DatasetInfo.load(tmp_path)

@@ -1,0 +1,234 @@
+"""From documents to two streams of token ids on disk, train and valid. Needs no TensorFlow.
+
+A stream is the documents' tokens, each document followed by the end-of-text token; windows of any
+length are cut from it later. Which stream a document goes to depends on a hash of its text alone,
+so a document stays where it is when others are added, and no text is ever in both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tf_gptopt._errors import UserError
+from tf_gptopt._files import atomic_path, read_json, write_json
+from tf_gptopt.data.corpus import Document
+from tf_gptopt.data.tokenizer import Tokenizer
+
+SPLITS = ("train", "valid")
+INFO_FILE = "dataset.json"
+_FORMAT = "tf_gptopt.dataset.1"
+_BATCH = 1 << 21  # characters tokenized at once: enough for all cores, small beside the corpus
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitInfo:
+    """What one stream holds; `text_bytes` is the UTF-8 length of its documents."""
+
+    tokens: int
+    documents: int
+    text_bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What dataset.json says of a folder with train.bin and valid.bin.
+
+    Attributes:
+        dtype: of the token ids on disk, little-endian: "uint16" (up to 65,536 tokens) or "uint32".
+        sequence_length: the context it was made for; both streams hold at least one.
+        tokenizer_fingerprint: `Tokenizer.fingerprint` of the tokenizer that made the ids.
+        seed: of the split.
+    """
+
+    train: SplitInfo
+    valid: SplitInfo
+    dtype: str
+    vocab_size: int
+    eot_id: int
+    sequence_length: int
+    tokenizer_fingerprint: str
+    valid_fraction: float
+    seed: int
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens to train on."""
+        return self.train.tokens
+
+    @property
+    def valid_tokens(self) -> int:
+        """Tokens held out."""
+        return self.valid.tokens
+
+    def split(self, name: str) -> SplitInfo:
+        """The stream called "train" or "valid"."""
+        if name not in SPLITS:
+            raise UserError(f"The splits of a dataset are 'train' and 'valid'. Received: {name!r}.")
+        return getattr(self, name)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> DatasetInfo:
+        """Read a folder's dataset.json."""
+        path = Path(folder) / INFO_FILE
+        if not path.is_file():
+            raise UserError(f"There is no dataset in {folder}: {INFO_FILE} was expected.")
+        values = read_json(path)
+        try:
+            if values.pop("format") != _FORMAT:
+                raise KeyError("format")
+            splits = {name: SplitInfo(**values.pop(name)) for name in SPLITS}
+            return cls(**splits, **values)
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{path} is not a dataset description of this version. Make the dataset again."
+            ) from None
+
+
+def write_dataset(
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike,
+    sequence_length: int,
+    valid_fraction: float = 0.05,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DatasetInfo:
+    """Tokenize documents and write train.bin, valid.bin and dataset.json, which comes last.
+
+    Args:
+        documents: at least two, of different text.
+        tokenizer: must have an end-of-text token.
+        folder: made if absent; a dataset that is there is replaced.
+        sequence_length: tokens of one context. Each split gets at least one (and its label).
+        valid_fraction: share of the documents that is held out. Where chance leaves less than one
+            context, more documents follow; a document that is half of the corpus stays in train.
+        seed: of the split.
+        on_progress: called with the bytes of text done and to do.
+
+    Raises:
+        UserError: when the corpus is too small for both splits, with what would do.
+    """
+    if sequence_length < 1:
+        raise UserError(f"sequence_length must be positive. Received: {sequence_length}.")
+    if not 0 < valid_fraction < 1:
+        raise UserError(f"valid_fraction must be between 0 and 1. Received: {valid_fraction}.")
+    if tokenizer.eot_id is None:
+        raise UserError(
+            "The tokenizer has no end-of-text token, which must stand between documents. Name one "
+            "of its tokens as eos_token in tokenizer_config.json, or train a tokenizer."
+        )
+    # Reading in the order of the hash shuffles the documents, and gives each its place for good
+    keyed = sorted(
+        ((_key(document.text, seed), document) for document in documents),
+        key=lambda item: (item[0], item[1].name),
+    )
+    keys = np.array([key for key, _ in keyed], np.float64)
+    ordered = [document for _, document in keyed]
+    sizes = [len(document.text.encode()) for document in ordered]
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    tokens = list(_tokenize(ordered, sizes, tokenizer, dtype, on_progress))
+    lengths = np.array([len(ids) for ids in tokens], np.int64)
+    held_out = _hold_out(keys, lengths, valid_fraction, sequence_length + 1)
+    _require_contexts(lengths, held_out, sequence_length, valid_fraction)
+
+    folder = Path(folder)
+    splits: dict[str, SplitInfo] = {}
+    with contextlib.ExitStack() as stack:
+        for name, chosen in (("train", ~held_out), ("valid", held_out)):
+            rows = np.flatnonzero(chosen).tolist()
+            path = stack.enter_context(atomic_path(folder / f"{name}.bin"))
+            splits[name] = SplitInfo(
+                tokens=int(lengths[rows].sum()),
+                documents=len(rows),
+                text_bytes=sum(sizes[row] for row in rows),
+                sha256=_write(path, [tokens[row] for row in rows]),
+            )
+        # Without its description the old dataset is gone as a whole, never half replaced
+        (folder / INFO_FILE).unlink(missing_ok=True)
+    info = DatasetInfo(
+        **splits,
+        dtype="uint16" if dtype.itemsize == 2 else "uint32",
+        vocab_size=tokenizer.vocab_size,
+        eot_id=tokenizer.eot_id,
+        sequence_length=sequence_length,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        valid_fraction=valid_fraction,
+        seed=seed,
+    )
+    write_json(folder / INFO_FILE, {"format": _FORMAT, **dataclasses.asdict(info)})
+    return info
+
+
+def _key(text: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the text and the seed alone."""
+    digest = hashlib.blake2b(text.encode(), digest_size=7, salt=str(seed).encode()[:16]).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _tokenize(
+    documents: Sequence[Document],
+    sizes: Sequence[int],
+    tokenizer: Tokenizer,
+    dtype: np.dtype,
+    on_progress: Callable[[int, int], None] | None,
+) -> Iterator[np.ndarray]:
+    """Each document's ids and the end-of-text id; about half as many bytes as the text has."""
+    done, total, start = 0, sum(sizes), 0
+    while start < len(documents):
+        end, characters = start, 0
+        while end < len(documents) and characters < _BATCH:
+            characters += len(documents[end].text)
+            end += 1
+        for ids in tokenizer.encode_batch([document.text for document in documents[start:end]]):
+            yield np.append(ids, tokenizer.eot_id).astype(dtype)
+        done, start = done + sum(sizes[start:end]), end
+        if on_progress:
+            on_progress(done, total)
+
+
+def _hold_out(keys: np.ndarray, lengths: np.ndarray, fraction: float, needed: int) -> np.ndarray:
+    """Which documents (in the order of their keys) are for validation."""
+    held_out = np.zeros(len(keys), bool)
+    limit = max(fraction, 0.5) * lengths.sum()
+    held = 0
+    for i, (key, length) in enumerate(zip(keys, lengths, strict=True)):
+        if (key < fraction or held < needed) and held + length <= limit:
+            held_out[i] = True
+            held += length
+    return held_out
+
+
+def _require_contexts(
+    lengths: np.ndarray, held_out: np.ndarray, sequence_length: int, valid_fraction: float
+) -> None:
+    train, valid = int(lengths[~held_out].sum()), int(lengths[held_out].sum())
+    if min(train, valid) > sequence_length:
+        return
+    raise UserError(
+        f"The corpus is too small: it has {len(lengths)} documents of {train + valid} tokens: "
+        f"{train} for training and {valid} for validation. Each needs at least "
+        f"{sequence_length + 1} (sequence_length={sequence_length}, "
+        f"valid_fraction={valid_fraction:g}). Give more text or more documents, or use a smaller "
+        "sequence_length."
+    )
+
+
+def _write(path: Path, arrays: list[np.ndarray]) -> str:
+    """Write the arrays one after the other; returns the sha256 of the file."""
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for array in arrays:
+            data = array.tobytes()
+            digest.update(data)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
