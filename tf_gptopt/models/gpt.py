@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,9 @@ class GPTModel(keras.Model):
         shape = config.pop("gpt", None)
         if shape is None:
             return cls(**config)
+        for layer in config["layers"]:  # a wrapper is known to Keras once its module is imported
+            if (layer.get("module") or "").startswith("tf_gptopt."):
+                importlib.import_module(layer["module"])
         model = keras.Model.from_config(config, custom_objects)
         return wrap_graph(model, GPTConfig.from_dict(shape))
 
