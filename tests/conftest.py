@@ -67,7 +67,7 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A byte-level BPE of 300 tokens with `<|endoftext|>`, trained on this file's own text."""
     from tokenizers import ByteLevelBPETokenizer
 
-    from tf_gptopt.models.tokenizer_files import FolderTokenizer
+    from tf_gptopt._tokenizer import Tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     trained = ByteLevelBPETokenizer()
@@ -75,7 +75,7 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
         [Path(__file__).read_text()], 300, special_tokens=["<|endoftext|>"], show_progress=False
     )
     trained.save(str(folder / "tokenizer.json"))
-    return FolderTokenizer.load(folder)
+    return Tokenizer.load(folder)
 
 
 @pytest.fixture

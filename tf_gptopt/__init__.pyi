@@ -1,4 +1,5 @@
 from tf_gptopt._errors import UserError as UserError
+from tf_gptopt._tokenizer import Tokenizer as Tokenizer
 from tf_gptopt._version import __version__ as __version__
 from tf_gptopt.compression.distillation.config import DistillConfig as DistillConfig
 from tf_gptopt.compression.distillation.distiller import Distiller as Distiller
@@ -15,9 +16,9 @@ from tf_gptopt.data.corpus import Document as Document
 from tf_gptopt.data.corpus import load_corpus as load_corpus
 from tf_gptopt.data.dataset import TokenDataset as TokenDataset
 from tf_gptopt.data.packing import write_dataset as write_dataset
-from tf_gptopt.data.tokenizer import Tokenizer as Tokenizer
 from tf_gptopt.data.tokenizer import train_tokenizer as train_tokenizer
-from tf_gptopt.evaluation.report import evaluate as evaluate
+from tf_gptopt.evaluation.compare import Candidate as Candidate
+from tf_gptopt.evaluation.compare import evaluate as evaluate
 from tf_gptopt.models.checkpoints import load_checkpoint as load_checkpoint
 from tf_gptopt.models.checkpoints import load_model as load_model
 from tf_gptopt.models.checkpoints import save_model as save_model

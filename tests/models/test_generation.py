@@ -14,10 +14,10 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
+from tf_gptopt._tokenizer import Tokenizer
 from tf_gptopt.models.generation import generate
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.models.sampling import get_sampler
-from tf_gptopt.models.tokenizer_files import FolderTokenizer
 
 Build = Callable[..., GPTModel]
 
@@ -30,7 +30,7 @@ def uncached_greedy(model: GPTModel, prompt: list[int], length: int) -> list[int
 
 
 @pytest.fixture
-def talker(tiny_model: Build, tiny_tokenizer: FolderTokenizer) -> GPTModel:
+def talker(tiny_model: Build, tiny_tokenizer: Tokenizer) -> GPTModel:
     model = tiny_model(vocab_size=300)
     model.tokenizer = tiny_tokenizer
     return model
@@ -175,7 +175,7 @@ def test_a_stop_string_may_span_tokens(talker: GPTModel) -> None:
 
 def test_end_of_text(talker: GPTModel) -> None:
     eot = talker.tokenizer.eot_id
-    prompt = talker.tokenizer.encode("import os")
+    prompt = talker.tokenizer.encode("import os").tolist()
     table = talker.get_layer("token_embedding").embeddings
 
     def always(token: int) -> None:  # the final norm gives one vector, which likes one token

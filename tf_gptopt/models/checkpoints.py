@@ -25,19 +25,14 @@ import numpy as np
 from tf_gptopt._errors import UserError, suggest
 from tf_gptopt._files import atomic_path, read_json
 from tf_gptopt._keras import keras
+from tf_gptopt._tokenizer import TOKENIZER_FILE, Tokenizer
 from tf_gptopt.models import huggingface
 from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.models.gpt import GPTModel, require_gpt
 from tf_gptopt.models.safetensors_file import read_tensors, write_tensors
-from tf_gptopt.models.tokenizer_files import (
-    TOKENIZER_FILE,
-    FolderTokenizer,
-    copy_tokenizer,
-)
 
 __all__ = [
     "assign_weights",
-    "copy_tokenizer",
     "load_checkpoint",
     "load_model",
     "named_weights",
@@ -331,7 +326,7 @@ def _build(
                 f"{folder / TOKENIZER_FILE} is not the tokenizer that the model was saved with. "
                 "Restore the file, or remove 'tokenizer_sha256' from config.json to insist."
             )
-        model.tokenizer = FolderTokenizer.load(folder, eot_id)
+        model.tokenizer = Tokenizer.load(folder, eot_id)
     return model
 
 
