@@ -1,0 +1,85 @@
+"""Recipes: what a file may say, and what is answered when it says something else."""
+
+from pathlib import Path
+
+import pytest
+
+from tf_gptopt._errors import UserError
+from tf_gptopt.recipes.recipe import Recipe, load_recipe, packaged_recipes, parse_override
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "recipes").iterdir())
+
+
+def test_default_recipe_loads():
+    recipe = load_recipe()
+    assert recipe.name == "python"
+    assert recipe.distill.layers < recipe.train.model.num_layers
+    assert recipe.prune.pruning.sparsity == 0.5
+    assert recipe.export.quantization.scheme == "int8"
+
+
+@pytest.mark.parametrize("path", [*packaged_recipes(), *EXAMPLES], ids=str)
+def test_every_recipe_loads_and_survives_a_round_trip(path, tmp_path):
+    import yaml
+
+    recipe = load_recipe(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(yaml.safe_dump(recipe.to_dict()))
+    assert load_recipe(copy) == recipe
+
+
+def test_toml(tmp_path):
+    (tmp_path / "x.toml").write_text('name = "t"\n[train.fit]\nsteps = 7\n')
+    assert load_recipe(tmp_path / "x.toml").train.fit.steps == 7
+
+
+def test_overrides():
+    recipe = load_recipe(None, {"prune.pruning.sparsity": 0.7, "seed": 3})
+    assert recipe.prune.pruning.sparsity == 0.7
+    assert recipe.seed == 3
+    assert parse_override("corpus.paths=[a.txt, b]") == ("corpus.paths", ["a.txt", "b"])
+    assert parse_override("name=x=y") == ("name", "x=y")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian: {}", "Unknown recipe key 'trian'. Did you mean 'train'?"),
+        ("train: {fit: {stepps: 3}}", "Unknown recipe key 'train.fit.stepps'. Did you mean 'train.fit.ste"),
+        ("train: {fit: {steps: many}}", "train.fit.steps"),
+        ("train: {fit: {steps: 0}}", "steps"),
+        ("prune: {pruning: {sparsity: 1.5}}", "sparsity"),
+        ("export: {quantization: {scheme: int9}}", "Did you mean 'int8'?"),
+        ("train: 5", "'train' is a section"),
+        ("train: [", "not valid YAML"),
+        ("- a\n- b", "must hold"),
+        ("name: ../up", "folder's name"),
+    ],
+)
+def test_mistakes_name_their_remedy_on_one_line(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_recipe(tmp_path / "x.yaml")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_suggests_a_packaged_recipe():
+    with pytest.raises(UserError, match="Did you mean 'quick'"):
+        load_recipe("quik")
+
+
+@pytest.mark.parametrize("text", ["train.fit.steps", "=3", "a=[1"])
+def test_malformed_overrides(text):
+    with pytest.raises(UserError):
+        parse_override(text)
+
+
+def test_an_override_below_a_value():
+    with pytest.raises(UserError, match="name is a value"):
+        load_recipe(None, {"name.x": 1})
+
+
+def test_recipe_is_frozen():
+    with pytest.raises(AttributeError):
+        Recipe().seed = 1

@@ -1,0 +1,115 @@
+"""The command line from outside: real processes, their output, exit codes and their haste."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tf_gptopt.cli import COMMANDS
+
+ERROR = "tf-gptopt: error: "
+
+
+def tf_gptopt(*words, cwd=None, timeout=120, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "tf_gptopt", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=timeout,
+        env={**os.environ, **env},
+    )
+
+
+def assert_mistake(done, *parts):
+    """Exit code 2 and one line on stderr with all of `parts`; no traceback."""
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith(ERROR)]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_answers_at_once_without_tensorflow(command):
+    words = [command, "--help"] if command else ["--help"]
+    seconds = []
+    for _ in range(10):  # the best of ten: the machine may be busy with other work
+        began = time.perf_counter()
+        done = tf_gptopt(*words)
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 0, done.stderr
+        assert "usage: tf-gptopt" in done.stdout
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5
+    imported = tf_gptopt(*words, PYTHONPROFILEIMPORTTIME="1").stderr
+    assert "tensorflow" not in imported
+
+
+def test_help_lists_every_command():
+    done = tf_gptopt()
+    assert done.returncode == 0
+    assert all(f"  {name} " in done.stdout for name in COMMANDS)
+
+
+def test_version():
+    import tf_gptopt as package
+
+    assert tf_gptopt("--version").stdout.strip() == package.__version__
+
+
+def test_mistyped_names_are_answered_with_the_near_one():
+    assert_mistake(tf_gptopt("prun"), "Unknown command 'prun'", "Did you mean 'prune'?")
+    assert_mistake(tf_gptopt("run", "--dta", "x"), "--dta", "Did you mean '--data'?")
+    assert_mistake(tf_gptopt("run", "--set", "train.fit.step=3"), "Did you mean 'train.fit.steps'")
+    assert_mistake(tf_gptopt("run", "quik"), "Did you mean 'quick'?")
+
+
+def test_mistakes_in_values():
+    assert_mistake(tf_gptopt("run", "--set", "train.fit.steps=-1"), "steps")
+    assert_mistake(tf_gptopt("generate", "--max-new-tokens", "many", "x"), "max_new_tokens")
+    assert_mistake(tf_gptopt("generate"), "prompt")
+    assert_mistake(tf_gptopt("generate", "nowhere.tflite", "x"), "nowhere.tflite")
+    assert_mistake(tf_gptopt("evaluate", "nowhere", "--dataset", "x"), "nowhere does not exist")
+
+
+def test_bad_corpora(tmp_path):
+    out = ["--out", tmp_path / "run", "quick"]
+    (tmp_path / "empty.txt").write_text("")
+    assert_mistake(tf_gptopt("run", *out, "--data", tmp_path / "empty.txt"), "empty")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 50)
+    assert_mistake(tf_gptopt("run", *out, "--data", tmp_path / "binary.txt"), "binary.txt")
+    assert_mistake(tf_gptopt("run", *out, "--data", tmp_path / "absent.txt"), "absent.txt")
+    (tmp_path / "short.txt").write_text("too short to fill one context.\n")
+    assert_mistake(tf_gptopt("run", *out, "--data", tmp_path / "short.txt"), "too small")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder_as_a_user(tmp_path):
+    tmp_path.chmod(0o500)
+    assert_mistake(tf_gptopt("run", "--out", tmp_path / "run"), str(tmp_path))
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    assert_mistake(tf_gptopt("run", "--out", tmp_path / "file" / "run"), "file")
+
+
+def test_full_disk(tmp_path):
+    """The disk fills up while the stage writes: the sync that precedes every rename fails."""
+    code = (
+        "import errno, os, sys\n"
+        "from tf_gptopt import _files\n"
+        "from tf_gptopt.cli import main\n"
+        "def full(handle): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
+        "_files.os.fsync = full\n"
+        f"out = {str(tmp_path / 'out')!r}\n"
+        "sys.exit(main(['tokenizer', '--out', out, '--vocab_size', '300']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert_mistake(done, "No space left", "Free some room")
+    assert not list((tmp_path / "out").glob("tokenizer.json"))

@@ -1,0 +1,309 @@
+"""The command line: parse, call one function, print, return an exit code.
+
+Nothing heavy is imported before its subcommand runs, so every `--help` answers at once.
+Exit codes: 0 done, 1 a defect of ours (with its traceback), 2 a mistake in what was asked (one
+line that says the remedy), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tf_gptopt._errors import UserError, suggest
+from tf_gptopt._startup import load_tensorflow
+from tf_gptopt._version import __version__
+
+COMMANDS = {
+    "run": "the main job: text -> teacher -> student -> pruned -> int8 .tflite, measured",
+    "generate": "complete a prompt with a .tflite file or any stage's folder",
+    "tokenizer": "train a byte-level BPE tokenizer",
+    "dataset": "encode, split and pack a corpus",
+    "train": "train a GPT from scratch",
+    "distill": "distill a model into a shallower one",
+    "prune": "prune a model by magnitude while it trains on",
+    "qat": "quantization-aware training",
+    "export": "write an int8 .tflite file with a KV cache",
+    "evaluate": "compare models and files: quality, size, speed",
+}
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_FULL:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        remedy = "Free some room" if error.errno in DISK_FULL else "Check the path and its rights"
+        return _fail(f"{error.strerror}{where}. {remedy}, then run the same command again.")
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        raise UserError(f"Unknown command {name!r}.{suggest(name, COMMANDS)}")
+    return globals()[f"_{name}"](_Parser(name), rest)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        "usage: tf-gptopt COMMAND [OPTIONS]\n\n"
+        "Raw text in, the smallest and fastest GPT that still says the same out.\n\n"
+        f"{rows}\n\n"
+        "`tf-gptopt COMMAND --help` lists a command's options; `tf-gptopt run` needs none."
+    )
+
+
+def _fail(message: str) -> int:
+    print(f"tf-gptopt: error: {message}", file=sys.stderr)
+    return 2
+
+
+class _Parser:
+    """A command's options; they are declared before anything heavy is imported."""
+
+    def __init__(self, name: str) -> None:
+        from jsonargparse import ArgumentParser
+
+        self.name = name
+        self.parser = ArgumentParser(
+            prog=f"tf-gptopt {name}", description=COMMANDS[name] + ".", exit_on_error=False
+        )
+        self.add = self.parser.add_argument
+
+    def section(self, config: type) -> None:
+        """Every field of a recipe's section becomes an option."""
+        self.parser.add_class_arguments(config, None)
+
+    def parse(self, argv: list[str], section: type | None = None) -> tuple[Any, Any]:
+        """The options, and the section that they fill in (or None)."""
+        from jsonargparse import ArgumentError
+
+        try:
+            options = self.parser.instantiate(self.parser.parse_args(argv))
+        except UserError:
+            raise
+        except (ArgumentError, TypeError, ValueError) as error:
+            raise UserError(self._advice(" ".join(str(error).split()))) from None
+        if section is None:
+            return options, None
+        import dataclasses
+
+        fields = [field.name for field in dataclasses.fields(section)]
+        return options, section(**{name: options[name] for name in fields})
+
+    def _advice(self, message: str) -> str:
+        unknown = [word for word in message.split() if word.startswith("--")]
+        known = [flag for action in self.parser._actions for flag in action.option_strings]
+        if "nrecognized" in message and unknown:
+            flag = unknown[0].partition("=")[0]
+            return f"Unknown option {flag!r} of `{self.name}`.{suggest(flag, known)}"
+        return f"{message.rstrip('.')}. See `tf-gptopt {self.name} --help`."
+
+
+def _run(options: _Parser, argv: list[str]) -> int:
+    from tf_gptopt.recipes.recipe import load_recipe, packaged_recipes, parse_override
+
+    names = ", ".join(packaged_recipes())
+    options.add("recipe", nargs="?", help=f"a .yaml or .toml file, or one of: {names}")
+    options.add("--data", nargs="+", default=[], help="text, .jsonl or folders (default: stdlib)")
+    options.add("--text-field", default=None, help="the field of .jsonl lines that holds the text")
+    options.add("--out", default=None, help="the run's folder (default: saved_models/NAME)")
+    options.add(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
+        help="replace a value of the recipe, e.g. --set prune.pruning.sparsity=0.7",
+    )  # fmt: skip
+    given, _ = options.parse(argv)
+    overrides = dict(parse_override(text) for text in given.overrides)
+    if given.data:
+        overrides["corpus.paths"] = given.data
+    if given.text_field:
+        overrides["corpus.text_field"] = given.text_field
+    recipe = load_recipe(given.recipe, overrides)
+    out = Path(given.out) if given.out else Path("saved_models") / recipe.name
+
+    from tf_gptopt.recipes.runner import run_recipe
+
+    run_recipe(recipe, out)
+    return 0
+
+
+def _generate(options: _Parser, argv: list[str]) -> int:
+    options.add("model", nargs="?", help="a .tflite file or a folder (default: the example model)")
+    options.add("prompt", nargs="?", help="the text to complete")
+    options.add("--max-new-tokens", type=int, default=100, help="how many tokens to write")
+    options.add("--temperature", type=float, help="0 is greedy; default 1 with --top-k or --top-p")
+    options.add("--top-k", type=int, default=None, help="sample among the k likeliest")
+    options.add("--top-p", type=float, default=None, help="sample among the likeliest share p")
+    options.add("--seed", type=int, default=None, help="makes sampling repeatable")
+    options.add("--stop", nargs="*", default=[], help="strings that end the completion")
+    options.add("--threads", type=int, default=None, help="processor threads (default: all)")
+    given, _ = options.parse(argv)
+    from tf_gptopt.recipes.speak import example_model, stream_completion
+
+    model, prompt = given.model, given.prompt
+    if prompt is None:  # one argument: a prompt for the example model
+        model, prompt = None, model
+    if prompt is None:
+        raise UserError('Give a prompt: tf-gptopt generate [MODEL] "def main("')
+    path = Path(model) if model is not None else example_model()
+    pieces = stream_completion(
+        path,
+        prompt,
+        max_new_tokens=given.max_new_tokens,
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        seed=given.seed,
+        stop=given.stop or None,
+        threads=given.threads,
+    )
+    sys.stdout.write(prompt + next(pieces, ""))  # a mistake shows before anything is printed
+    sys.stdout.flush()
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def _stage(options: _Parser, argv: list[str], section: type, inputs: dict[str, str]) -> int:
+    """A stage on its own: folders in by name, its section's fields as options, a folder out.
+
+    `inputs` maps the stage function's parameters to the help of their option.
+    """
+    from tf_gptopt.recipes.recipe import CorpusSection
+
+    takes_corpus = "corpus" in inputs
+    if takes_corpus:
+        options.add("--data", nargs="+", default=[], help=inputs.pop("corpus"))
+        options.add("--text-field", default="text", help="the field of .jsonl lines with the text")
+    flags = {name: name.removesuffix("_folder") for name in inputs}
+    for name, text in inputs.items():
+        options.add(f"--{flags[name]}", required=True, help=text)
+    options.add("--out", required=True, help="the folder to write")
+    options.add("--seed", type=int, default=0, help="fixes everything random")
+    options.section(section)
+    given, values = options.parse(argv, section)
+    found: dict[str, Any] = {name: _existing(given[flag]) for name, flag in flags.items()}
+    if takes_corpus:
+        found["corpus"] = CorpusSection(tuple(given.data), given.text_field)
+    from tf_gptopt.recipes.console import Console
+    from tf_gptopt.recipes.runner import find_stage, locked, run_stage
+
+    out = Path(given.out)
+    with locked(out):
+        function = find_stage(options.name)
+        run_stage(function, values, found, out, given.seed, Console(), COMMANDS[options.name])
+    return 0
+
+
+CORPUS = "text files, .jsonl files or folders (default: Python's standard library)"
+DATASET = "a folder that `tf-gptopt dataset` wrote"
+MODEL = "a folder with a model: any stage's, or a Hugging Face GPT-2 checkpoint"
+
+
+def _tokenizer(options: _Parser, argv: list[str]) -> int:
+    from tf_gptopt.recipes.recipe import TokenizerSection
+
+    return _stage(options, argv, TokenizerSection, {"corpus": CORPUS})
+
+
+def _dataset(options: _Parser, argv: list[str]) -> int:
+    from tf_gptopt.recipes.recipe import DatasetSection
+
+    inputs = {"corpus": CORPUS, "tokenizer_folder": "a folder with tokenizer.json"}
+    return _stage(options, argv, DatasetSection, inputs)
+
+
+def _train(options: _Parser, argv: list[str]) -> int:
+    from tf_gptopt.recipes.recipe import TrainSection
+
+    return _stage(options, argv, TrainSection, {"dataset_folder": DATASET})
+
+
+def _distill(options: _Parser, argv: list[str]) -> int:
+    from tf_gptopt.recipes.recipe import DistillSection
+
+    inputs = {"teacher_folder": MODEL, "dataset_folder": DATASET}
+    return _stage(options, argv, DistillSection, inputs)
+
+
+def _prune(options: _Parser, argv: list[str]) -> int:
+    from tf_gptopt.recipes.recipe import PruneSection
+
+    return _stage(options, argv, PruneSection, {"model_folder": MODEL, "dataset_folder": DATASET})
+
+
+def _qat(options: _Parser, argv: list[str]) -> int:
+    from tf_gptopt.recipes.recipe import QatSection
+
+    return _stage(options, argv, QatSection, {"model_folder": MODEL, "dataset_folder": DATASET})
+
+
+def _export(options: _Parser, argv: list[str]) -> int:
+    from tf_gptopt.recipes.recipe import ExportSection
+
+    return _stage(options, argv, ExportSection, {"model_folder": MODEL})
+
+
+def _evaluate(options: _Parser, argv: list[str]) -> int:
+    options.add("models", nargs="+", help="folders and .tflite files; the first is the reference")
+    options.add("--dataset", required=True, help=DATASET)
+    options.add("--out", default=None, help="a folder for report.json and report.md")
+    options.add("--tokens", type=int, default=32768, help="held-out tokens to score")
+    options.add("--threads", type=int, default=None, help="processor threads (default: all)")
+    given, _ = options.parse(argv)
+    models = [_existing(model) for model in given.models]
+    dataset = _existing(given.dataset)
+    load_tensorflow()
+    from tf_gptopt._files import write_json, write_text
+    from tf_gptopt.data.dataset import TokenDataset
+    from tf_gptopt.evaluation.compare import evaluate
+    from tf_gptopt.evaluation.report import markdown, rich_table
+    from tf_gptopt.recipes.console import Console
+
+    console = Console()
+    report = evaluate(
+        models,
+        TokenDataset.load(dataset),
+        tokens=given.tokens,
+        threads=given.threads,
+        on_progress=console.note,
+    )
+    console.note(rich_table(report))
+    console.note(report.why)
+    if given.out:
+        write_json(Path(given.out) / "report.json", report.to_dict())
+        write_text(Path(given.out) / "report.md", markdown(report, "Evaluation"))
+    return 0
+
+
+def _existing(path: str) -> Path:
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist. Check the path.")
+    return Path(path)

@@ -1,0 +1,90 @@
+"""What a run shows while it works: stage headings, loss, tokens per second, time left."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+LOG_WIDTH = 150  # columns where nobody's terminal says
+
+
+class StepReport(Protocol):
+    """What a training loop tells: `tf_gptopt.training.callbacks.Progress` has these fields."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+class Console:
+    """A live bar on a terminal, a line every ten seconds anywhere else; silent when `quiet`."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.rich = RichConsole(quiet=quiet, highlight=False)
+        if not self.rich.is_terminal:
+            self.rich.width = LOG_WIDTH
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+        self._said: set[str] = set()
+
+    def heading(self, stage: str, text: str) -> None:
+        """A stage begins."""
+        self.rich.print(f"[bold cyan]{stage:>9}[/]  {text}")
+        self._last_line = time.monotonic()
+
+    def note(self, text: Any) -> None:
+        """A line, or anything that rich can draw."""
+        if isinstance(text, str):
+            self.rich.print(f"{'':>9}  {text}", soft_wrap=True)
+        else:
+            self.rich.print(text)
+
+    def note_once(self, text: str) -> None:
+        """A line that the next stages need not repeat."""
+        if text not in self._said:
+            self._said.add(text)
+            self.note(text)
+
+    def step(self, report: StepReport) -> None:
+        """A training step was done; `on_progress` of the trainer."""
+        text = (
+            f"step {report.step:,}/{report.steps:,}  loss {report.loss:.4f}  "
+            f"{report.tokens_per_second:,.0f} tokens/s  {clock(report.seconds_left)} left"
+        )
+        if not self.rich.is_terminal:
+            now = time.monotonic()
+            if report.step >= report.steps or now - self._last_line >= SECONDS_BETWEEN_LINES:
+                self._last_line = now
+                self.note(text)
+            return
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn(" " * 10), BarColumn(24), TextColumn("{task.description}"),
+                console=self.rich, transient=True,
+            )  # fmt: skip
+            self._bar.start()
+            self._bar.add_task("")
+        self._bar.update(
+            self._bar.task_ids[0], completed=report.step, total=report.steps, description=text
+        )
+        if report.step >= report.steps:
+            self.close()
+            self.note(text)
+
+    def close(self) -> None:
+        """Take the live bar off the screen, if one is up."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def clock(seconds: float) -> str:
+    """75.0 -> `1:15`."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes}:{rest:02d}"

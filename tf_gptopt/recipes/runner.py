@@ -1,0 +1,215 @@
+"""Runs stages: skips what is finished, resumes what was cut short, starts afresh what changed.
+
+A stage is finished when its folder holds a metrics.json, written last and atomically. The file
+carries the stage's key: a hash of its section, its seed and the keys of its inputs. A changed
+recipe, corpus or earlier stage changes the key, and then the stage and those after it run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tf_gptopt._errors import UserError
+from tf_gptopt._files import read_json, write_bytes, write_json
+from tf_gptopt._startup import load_tensorflow
+from tf_gptopt._version import __version__
+from tf_gptopt.data.corpus import corpus_files
+from tf_gptopt.recipes.console import Console, clock
+from tf_gptopt.recipes.recipe import CorpusSection, Recipe, plain
+from tf_gptopt.recipes.speak import stream_completion
+
+METRICS = "metrics.json"
+Metrics = dict[str, Any]
+
+
+def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) -> Any:
+    """The whole road: text -> tokenizer, dataset, train, distill, prune, qat, export, evaluate.
+
+    Args:
+        recipe: see `load_recipe`.
+        out: the run's folder; each stage writes a folder inside it. Run again after any
+            interruption, it goes on from the last finished stage or checkpoint.
+        console: where progress goes.
+
+    Returns the `Report`, which is also in `out`/report.json and report.md.
+    """
+    console = console or Console()
+    out = Path(out)
+    began = time.monotonic()
+    with locked(out):
+        write_json(out / "recipe.json", recipe.to_dict())
+        corpus, seed = recipe.corpus, recipe.seed
+        text = {"corpus": corpus}
+        tokens = {"dataset_folder": out / "dataset"}
+
+        def stage(name: str, inputs: Mapping[str, Any], title: str) -> None:
+            section = getattr(recipe, name)
+            run_stage(find_stage(name), section, inputs, out / name, seed, console, title)
+
+        stage("tokenizer", text, "byte-level BPE on the corpus")
+        stage("dataset", {**text, "tokenizer_folder": out / "tokenizer"}, "encode, split, pack")
+        load_tensorflow()
+        from tf_gptopt.evaluation.compare import Candidate
+        from tf_gptopt.evaluation.report import Report, rich_table
+
+        stage("train", tokens, "a teacher, from scratch")
+        stage("distill", {"teacher_folder": out / "train", **tokens}, "teacher -> student")
+        stage("prune", {"model_folder": out / "distill", **tokens}, "magnitude pruning")
+        stage("qat", {"model_folder": out / "prune", **tokens}, "quantization-aware training")
+        stage("export", {"model_folder": out / "qat"}, "int8 TFLite")
+        candidates = [
+            Candidate("train", out / "train"),
+            Candidate("distill", out / "distill", "train"),
+            Candidate("prune", out / "prune", "distill"),
+            Candidate("qat", out / "qat", "distill"),
+            Candidate("export", out / "export" / "model.tflite", "distill"),
+        ]
+
+        stage("evaluate", {"candidates": candidates, **tokens}, "on the same held-out text")
+        for name in ("report.json", "report.md"):
+            write_bytes(out / name, (out / "evaluate" / name).read_bytes())
+        report = Report.from_dict(read_json(out / "report.json"))
+        console.note(rich_table(report))
+        console.note(report.why)
+        console.note(f"{clock(time.monotonic() - began)} in all; everything is in {out}")
+        show_completion(out / "export" / "model.tflite", recipe, console)
+    return report
+
+
+def run_stage(
+    function: Callable[..., Any],
+    section: Any,
+    inputs: Mapping[str, Any],
+    out: Path,
+    seed: int,
+    console: Console,
+    title: str = "",
+) -> Metrics:
+    """Run one stage unless its folder already holds its result.
+
+    Args:
+        function: see `find_stage`.
+        section: its configuration.
+        inputs: folders and corpora by parameter name.
+        out: its folder.
+        seed: the recipe's seed.
+        console: where progress goes.
+        title: what the heading says.
+
+    Returns its metrics.
+    """
+    out = Path(out)
+    key = stage_key(out.name, section, inputs, seed)
+    finished = finished_metrics(out, key)
+    if finished is not None:
+        console.heading(out.name, f"{title} [dim]· finished before[/]")
+        return finished
+    console.heading(out.name, title)
+    forget_other_key(out, key)
+    began = time.monotonic()
+    metrics = function(section, **inputs, out=out, seed=seed, console=console)
+    metrics = {
+        "stage": out.name,
+        "key": key,
+        "version": __version__,
+        "section": plain(section),
+        "seconds": round(time.monotonic() - began, 2),
+        **metrics,
+    }
+    write_json(out / METRICS, metrics)
+    remove_checkpoints(out)
+    return metrics
+
+
+def find_stage(name: str) -> Callable[..., Metrics]:
+    """The stage function of this name; TensorFlow loads only for those that need it."""
+    if name in ("tokenizer", "dataset"):
+        from tf_gptopt.recipes import text_stages as module
+    else:
+        load_tensorflow()
+        from tf_gptopt.recipes import model_stages as module
+    return getattr(module, name)
+
+
+def finished_metrics(out: Path, key: str) -> Metrics | None:
+    """The metrics of a finished stage, if they belong to this key."""
+    if not (out / METRICS).exists():
+        return None
+    metrics = read_json(out / METRICS)
+    return metrics if metrics.get("key") == key else None
+
+
+def forget_other_key(out: Path, key: str) -> None:
+    """Before a stage starts: what an earlier recipe left in its folder must not look finished,
+    nor must its checkpoints be taken up."""
+    out.mkdir(parents=True, exist_ok=True)
+    mark = out / "key.json"
+    if not mark.exists() or read_json(mark) != key:
+        (out / METRICS).unlink(missing_ok=True)
+        remove_checkpoints(out)
+        write_json(mark, key)
+
+
+def remove_checkpoints(out: Path) -> None:
+    """Training's checkpoints, which a finished stage needs no more."""
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+
+def stage_key(name: str, section: Any, inputs: Mapping[str, Any], seed: int) -> str:
+    """A hash of everything that the stage's result depends on."""
+    parts = [name, plain(section), seed, {k: _input_key(v) for k, v in sorted(inputs.items())}]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _input_key(value: Any) -> Any:
+    if isinstance(value, list):  # of candidates
+        return [[item.name, item.reference, _input_key(item.source)] for item in value]
+    if isinstance(value, CorpusSection):
+        files = corpus_files(list(value.paths) or None)
+        return [value.text_field, *(_stat(path) for path in files)]
+    folder = Path(value)
+    if (folder / METRICS).exists():
+        return read_json(folder / METRICS)["key"]
+    files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    return [_stat(path) for path in files if path.exists() and path.is_file()]
+
+
+def _stat(path: Path) -> list[Any]:
+    status = Path(path).stat()
+    return [str(path), status.st_size, status.st_mtime_ns]
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the run's folder alone; the lock goes with the process, however it ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"Another process is working in {out}. Wait for it, or name another --out."
+            ) from None
+        yield
+
+
+def show_completion(path: Path, recipe: Recipe, console: Console, tokens: int = 80) -> None:
+    """Let the finished file speak, token by token."""
+    prompt = recipe.evaluate.prompt
+    console.heading("generate", f"{path} completes {prompt!r}:")
+    sys.stdout.write(prompt)
+    for piece in stream_completion(
+        path, prompt, max_new_tokens=tokens, temperature=0.7, top_k=40, seed=recipe.seed
+    ):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")

@@ -1,0 +1,202 @@
+"""Calls a file's signatures and owns the KV cache between the calls.
+
+The cache lies in aligned host arrays that LiteRT reads in place. A step returns the new tokens'
+keys and values alone, and they are written to their rows: no token copies what was there before.
+When the rows are used up, the cache moves once to the next capacity that has a signature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from ai_edge_litert.compiled_model import CompiledModel
+from ai_edge_litert.tensor_buffer import TensorBuffer
+
+from tf_gptopt.models.config import GPTConfig
+from tf_gptopt.tflite.litert import aligned_zeros, host_buffer
+from tf_gptopt.tflite.metadata import Bucket
+
+
+class KVCache:
+    """Keys and values of the tokens so far: `k_{i}` and `v_{i}`, `(num_heads, capacity, head_dim)`.
+
+    Row p belongs to position p. Rows from `length` on may hold any numbers; nothing looks at them.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        self.length = 0
+        self.capacity = 0
+        self.buffers: dict[str, TensorBuffer] = {}
+        self._arrays: dict[str, np.ndarray] = {}
+        self._config = config
+
+    def resize(self, capacity: int) -> None:
+        """Move to arrays of this capacity; the rows in use come along."""
+        old, self._arrays = self._arrays, {}
+        for i, heads in enumerate(self._config.block_heads):
+            for name in (f"k_{i}", f"v_{i}"):
+                array = aligned_zeros((heads, capacity, self._config.head_dim), np.float32)
+                if self.length:
+                    array[:, : self.length] = old.pop(name)[:, : self.length]
+                self._arrays[name] = array
+        self.buffers = {name: host_buffer(array) for name, array in self._arrays.items()}
+        self.capacity = capacity
+
+    def append(self, outputs: dict[str, np.ndarray], count: int) -> None:
+        """Take over the first `count` rows of `new_k_{i}` and `new_v_{i}`."""
+        end = self.length + count
+        for name, array in self._arrays.items():
+            array[:, self.length : end] = outputs[f"new_{name}"][:, :count]
+        self.length = end
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A signature made ready: arrays to fill and read, and LiteRT's buffers over their memory."""
+
+    index: int
+    input_names: list[str]
+    inputs: dict[str, np.ndarray]
+    input_buffers: dict[str, TensorBuffer]
+    outputs: dict[str, np.ndarray]
+    output_buffers: list[TensorBuffer]
+
+
+class Session:
+    """A loaded file and one sequence of tokens.
+
+    Args:
+        model: the loaded file.
+        metadata: what it says about itself (`metadata.read_metadata`).
+    """
+
+    def __init__(self, model: CompiledModel, metadata: dict[str, Any]) -> None:
+        self.config = GPTConfig.from_dict(metadata["gpt"])
+        self.cache = KVCache(self.config)
+        self._model = model
+        self._names = model.get_signature_list()
+        self._buckets = [Bucket(**bucket) for bucket in metadata["buckets"]]
+        self._logits_signature = metadata["logits"]["signature"]
+        self._logits_rows = metadata["logits"]["rows"]
+        self._calls: dict[str, _Call] = {}
+        self._outputs: dict[tuple, tuple[dict[str, np.ndarray], list[TensorBuffer]]] = {}
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Read tokens after those in the cache; returns the last one's logits, `(vocab_size,)`.
+
+        The array is written over by the next call. `ids` are `(time,)` int32, in the vocabulary,
+        and fit the context: callers check.
+        """
+        while True:
+            bucket = self._pick(len(ids))
+            outputs = self._step(ids[: bucket.tokens], bucket)
+            ids = ids[bucket.tokens :]
+            if not len(ids):
+                return outputs["logits"][0]
+
+    def read_all(self, ids: np.ndarray) -> np.ndarray:
+        """As `read`, but the logits after every token, `(time, vocab_size)`."""
+        start = self.cache.length
+        hidden = np.empty((len(ids), self.config.embedding_dim), np.float32)
+        while (done := self.cache.length - start) < len(ids):
+            bucket = self._pick(len(ids) - done, kind="prefill")
+            piece = ids[done : done + bucket.tokens]
+            hidden[done : done + len(piece)] = self._step(piece, bucket)["hidden"][: len(piece)]
+        return self._logits(hidden)
+
+    def _pick(self, count: int, kind: str = "") -> Bucket:
+        """The signature that reads `count` tokens, or as many of them as any does, at least cost.
+
+        Args:
+            kind: what its name begins with: only a `"prefill"` gives hidden states.
+        """
+        length = self.cache.length
+
+        def fits(bucket: Bucket) -> bool:
+            looks_back = length > 0 or bucket.is_decode
+            return bucket.capacity >= max(length, 1) if looks_back else bucket.capacity == 0
+
+        fitting = [b for b in self._buckets if b.signature.startswith(kind) and fits(b)]
+        enough = [b for b in fitting if b.tokens >= count]
+        return min(enough or fitting, key=lambda b: (b.tokens if enough else -b.tokens, b.capacity))
+
+    def _step(self, ids: np.ndarray, bucket: Bucket) -> dict[str, np.ndarray]:
+        """Read at most `bucket.tokens` ids and append their keys and values to the cache.
+
+        Returns the signature's outputs by name: arrays that the next call writes over.
+        """
+        cache = self.cache
+        call = self._calls.get(bucket.signature) or self._prepare(bucket)
+        call.inputs["tokens"][: len(ids)] = ids  # behind them, ids of an earlier call are padding
+        call.inputs["last"][0] = len(ids) - 1
+        call.inputs["position"][0] = cache.length
+        buffers = call.input_buffers
+        if bucket.capacity:
+            if cache.capacity != bucket.capacity:
+                cache.resize(bucket.capacity)
+            buffers = buffers | cache.buffers
+        inputs = [buffers[name] for name in call.input_names]
+        self._model.run_by_index(call.index, inputs, call.output_buffers)
+        end = cache.length + len(ids)
+        if end > cache.capacity:
+            decodes = (b.capacity for b in self._buckets if b.is_decode)
+            cache.resize(min(capacity for capacity in decodes if capacity >= end))
+        cache.append(call.outputs, len(ids))
+        return call.outputs
+
+    def _logits(self, hidden: np.ndarray) -> np.ndarray:
+        """Hidden states `(time, width)` to logits `(time, vocab_size)`."""
+        rows = self._logits_rows
+        call = self._calls.get(self._logits_signature) or self._prepare_logits()
+        inputs = [call.input_buffers["hidden"]]
+        logits = np.empty((len(hidden), self.config.vocab_size), np.float32)
+        for start in range(0, len(hidden), rows):
+            piece = hidden[start : start + rows]
+            call.inputs["hidden"][: len(piece)] = piece
+            self._model.run_by_index(call.index, inputs, call.output_buffers)
+            logits[start : start + rows] = call.outputs["logits"][: len(piece)]
+        return logits
+
+    def _prepare(self, bucket: Bucket) -> _Call:
+        config, n = self.config, bucket.tokens
+        inputs = {"tokens": (n,), "last": (1,), "position": (1,)}
+        outputs = {"logits": (1, config.vocab_size)}
+        if not bucket.is_decode:
+            outputs["hidden"] = (n, config.embedding_dim)
+        for i, heads in enumerate(config.block_heads):
+            outputs[f"new_k_{i}"] = outputs[f"new_v_{i}"] = (heads, n, config.head_dim)
+        return self._ready(bucket.signature, inputs, np.int32, outputs)
+
+    def _prepare_logits(self) -> _Call:
+        rows, config = self._logits_rows, self.config
+        inputs = {"hidden": (rows, config.embedding_dim)}
+        outputs = {"logits": (rows, config.vocab_size)}
+        return self._ready(self._logits_signature, inputs, np.float32, outputs)
+
+    def _ready(
+        self,
+        signature: str,
+        input_shapes: dict[str, tuple[int, ...]],
+        input_type: type,
+        output_shapes: dict[str, tuple[int, ...]],
+    ) -> _Call:
+        """Make a signature's buffers; those with outputs of equal shapes share them."""
+        names = self._names[signature]
+        inputs = {name: aligned_zeros(shape, input_type) for name, shape in input_shapes.items()}
+        shapes = tuple(output_shapes[name] for name in names["outputs"])
+        key = (*names["outputs"], *shapes)
+        if key not in self._outputs:
+            arrays = [aligned_zeros(shape, np.float32) for shape in shapes]
+            by_name = dict(zip(names["outputs"], arrays, strict=True))
+            self._outputs[key] = by_name, [host_buffer(array) for array in arrays]
+        call = _Call(
+            self._model.get_signature_index(signature),
+            names["inputs"],
+            inputs,
+            {name: host_buffer(array) for name, array in inputs.items()},
+            *self._outputs[key],
+        )
+        self._calls[signature] = call
+        return call

@@ -1,0 +1,126 @@
+"""The functions in the file: `prefill_{n}`, `prefill_{n}_{c}`, `decode_{c}` and `logits_{n}`.
+
+The first four are one forward pass in different static shapes: n tokens come in, and c is the
+capacity of the KV cache that they look back at. XNNPACK copies the whole cache on every call, so a
+token costs what the capacity is and not what is filled: hence several capacities, of which the
+runtime takes the smallest that holds the tokens so far.
+
+- `prefill_{n}` reads the first tokens: `tokens` (n,), `last` (1,) int32. It returns `logits`
+  (1, vocab_size), `hidden` (n, width) and the new keys and values.
+- `prefill_{n}_{c}` reads more: also `position` (1,) int32 and a cache.
+- `decode_{c}` reads one: `tokens` (1,), `position` (1,) and a cache. It returns `logits` and the
+  new keys and values. `decode` is the one whose cache holds the whole context.
+- `logits_{n}` turns `hidden`, (n * width,) flat, into the `logits` (n, vocab_size) of all tokens.
+
+The cache is two inputs per block, `k_{i}` and `v_{i}`: flat float32 in the layout (num_heads,
+capacity, head_dim), where row p belongs to position p. It is never an output: `new_k_{i}` and
+`new_v_{i}`, (num_heads, n, head_dim), are, and the caller writes them to the rows from `position`
+on. So nothing is copied but what is new.
+
+`position` is the number of tokens in the cache; what lies in later rows has no effect, as long as
+it is finite. Fewer than n tokens are padded at their end with any valid ids, and `last` says which
+row the logits belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tf_gptopt._errors import UserError
+from tf_gptopt.tflite import layers
+from tf_gptopt.tflite.flatbuffer import Model
+from tf_gptopt.tflite.layers import Weights
+from tf_gptopt.tflite.metadata import Bucket
+
+LOGITS_ROWS = 128  # positions that `logits_{n}` does at once
+
+
+def plan_buckets(
+    context: int,
+    prefill_lengths: Sequence[int] | None = None,
+    decode_capacities: Sequence[int] | None = None,
+) -> list[Bucket]:
+    """The prefill and decode signatures of a model with this context.
+
+    Args:
+        context: the longest sequence, in tokens.
+        prefill_lengths: tokens that a prefill reads at once; default powers of two from 16 to 256.
+            A longer prompt is read in pieces.
+        decode_capacities: sizes of the cache; the context is always one. Default 64, 128, 192, 256,
+            320, ..., with growing steps: each at most a quarter larger from 256 on.
+
+    Raises:
+        UserError: for lengths that are no integers from 1 to the context.
+    """
+    if prefill_lengths is None:
+        prefill_lengths = {min(n, context) for n in (16, 32, 64, 128, 256)}
+    if decode_capacities is None:
+        decode_capacities = {context}
+        capacity = 64
+        while capacity < context:
+            decode_capacities.add(capacity)
+            capacity += max(64, 1 << (capacity.bit_length() - 3))
+    lengths = _checked("prefill_lengths", prefill_lengths, context)
+    capacities = sorted({*_checked("decode_capacities", decode_capacities, context), context})
+
+    buckets = [Bucket(f"prefill_{n}", n, 0) for n in lengths]
+    # For the later pieces of a prompt and for prompts after the first, a short and a long one over
+    # few capacities are enough: per token they cost far less than decoding in any case.
+    short, long = ([n for n in lengths if n <= most][-1:] for most in (32, 128))
+    doubled = [c for c in capacities if c & (c - 1) == 0 or c == context]
+    for n in sorted({*short, *long} or lengths[:1]):
+        buckets += [Bucket(f"prefill_{n}_{c}", n, c) for c in doubled]
+    names = {c: f"decode_{c}" for c in capacities} | {context: "decode"}
+    return buckets + [Bucket(names[c], 1, c) for c in capacities]
+
+
+def add_step(model: Model, weights: Weights, bucket: Bucket) -> None:
+    """Add a prefill or decode signature to `model`."""
+    config, n, capacity = weights.config, bucket.tokens, bucket.capacity
+    epsilon = config.layer_norm_epsilon
+    g = model.graph(bucket.signature)
+    tokens = g.input("tokens", [n], np.int32)
+    last = None if bucket.is_decode else g.input("last", [1], np.int32)
+    position = g.input("position", [1], np.int32) if capacity else None
+    masks = layers.masks(g, n, capacity, position)
+
+    x = layers.embed(g, weights, tokens, position)  # (n, width)
+    for i, block in enumerate(weights.blocks):
+        y = layers.dense(g, layers.normalize(g, x, epsilon), block.qkv)
+        heads = layers.split_heads(g, y, 3 * block.num_heads)
+        q, k, v = g.split(heads, 3, axis=0)  # each (num_heads, n, head_dim)
+        g.output(f"new_k_{i}", k)
+        g.output(f"new_v_{i}", v)
+        old_k = old_v = None
+        if capacity:
+            size = block.num_heads * capacity * config.head_dim
+            old_k, old_v = g.input(f"k_{i}", [size]), g.input(f"v_{i}", [size])
+        y = layers.merge_heads(g, layers.attention(g, q, k, v, old_k, old_v, masks))
+        x = x + layers.dense(g, y, block.proj)
+        y = layers.dense(g, layers.normalize(g, x, epsilon), block.fc)
+        x = x + layers.dense(g, g.gelu(y), block.out)
+
+    if last is not None:
+        g.output("hidden", x)
+        x = g.embedding_lookup(last, x)  # that row alone, (1, width)
+    g.output("logits", layers.logits(g, weights, x))
+
+
+def add_logits(model: Model, weights: Weights, rows: int) -> str:
+    """Add `logits_{rows}`; returns its name."""
+    width = weights.config.embedding_dim
+    g = model.graph(f"logits_{rows}")
+    hidden = g.reshape(g.input("hidden", [rows * width]), [rows, width])
+    g.output("logits", layers.logits(g, weights, hidden))
+    return f"logits_{rows}"
+
+
+def _checked(name: str, values: Sequence[int], context: int) -> list[int]:
+    values = list(values)
+    if not values or not all(isinstance(n, int) and 0 < n <= context for n in values):
+        raise UserError(
+            f"{name} must be integers from 1 to the model's context, {context}. Received: {values}."
+        )
+    return sorted(set(values))
