@@ -24,7 +24,7 @@ def assert_close(got, want, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
 def test_gelu(dtype, tolerance):
     x = tf.cast(tf.random.stateless_normal((3, 4, 50), [0, 0]) * 3.0, dtype)
     want = values_and_gradients(lambda x: tf.nn.gelu(x, approximate=True), x)
@@ -76,6 +76,6 @@ def test_a_second_derivative_exists():
             inner.watch(x)
             y = fused.gelu(x)
         slope = inner.gradient(y, x)
-    h = 1e-3
-    numeric = (tf.nn.gelu(x + h, True) - 2 * tf.nn.gelu(x, True) + tf.nn.gelu(x - h, True)) / h**2
-    np.testing.assert_allclose(outer.gradient(slope, x), numeric, atol=0.05)
+    h = 0.05
+    y0, y1, y2 = (tf.nn.gelu(x + d, True) for d in (-h, 0.0, h))
+    np.testing.assert_allclose(outer.gradient(slope, x), (y0 - 2 * y1 + y2) / h**2, atol=0.02)

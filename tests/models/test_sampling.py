@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -72,14 +70,11 @@ def test_top_p_agrees_with_its_definition_in_large_vocabularies(p, seed):
 
 
 def test_a_seed_repeats_the_draws():
-    first, again, other = (
-        [RandomSampler()(LOGITS, np.random.default_rng(seed)).tolist() for _ in range(1)]
-        for seed in (1, 1, 2)
-    )
-    assert first == again
-    draws = {tuple(RandomSampler()(LOGITS, np.random.default_rng(s))) for s in range(50)}
-    assert len(draws) > 4
-    assert other
+    def draw(seed):
+        return tuple(RandomSampler()(np.repeat(LOGITS, 20, 0), np.random.default_rng(seed)))
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
 
 
 def test_make_sampler_reads_the_numbers():
@@ -139,7 +134,7 @@ def test_pieces_join_to_the_text(text):
     stream = TextStream(from_bytes)
     pieces = [stream.push(byte) for byte in text.encode()]
     assert "".join(pieces) + stream.finish() == text
-    assert all(piece in ("", char) for piece, char in zip(pieces, pieces, strict=True))
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
 
 
 @given(st.binary(max_size=30))
@@ -186,8 +181,5 @@ def test_streaming_a_real_tokenizer_gives_its_text(tiny_tokenizer):
 
 
 def test_sampling_needs_no_tensorflow(run_child):
-    out = run_child(
-        "import sys, tf_gptopt.models.sampling; print('tensorflow' in sys.modules)", devices=0
-    )
-    assert out.split() == ["False"]
-    assert "tf_gptopt.models.sampling" in sys.modules
+    code = "import sys, tf_gptopt.models.sampling; print('tensorflow' in sys.modules)"
+    assert run_child(code, devices=0).split() == ["False"]

@@ -29,29 +29,27 @@ def xla(function: Callable) -> Callable:
 
 @tf.custom_gradient
 def gelu(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-    """GPT-2's `gelu_new`: x * (1 + tanh(u)) / 2 with u = sqrt(2/pi) * (x + 0.044715 x^3).
-
-    It is computed as x * sigmoid(2u), the same without 1 + tanh, which cancels for negative x.
-    """
+    """GPT-2's `gelu_new`: x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) / 2."""
     return _gelu(x), lambda upstream: _gelu_gradient(x, upstream)
 
 
 @xla
 def _gelu(x: tf.Tensor) -> tf.Tensor:
     x32 = tf.cast(x, tf.float32)
-    return tf.cast(x32 * _gelu_gate(x32), x.dtype)
+    return tf.cast(0.5 * x32 * (1.0 + _gelu_tanh(x32)), x.dtype)
 
 
 @xla
 def _gelu_gradient(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
     x32 = tf.cast(x, tf.float32)
-    gate = _gelu_gate(x32)
-    slope = gate * (1.0 + x32 * (1.0 - gate) * 2.0 * _GELU * (1.0 + 3.0 * _CUBIC * x32 * x32))
+    tanh = _gelu_tanh(x32)
+    inner = _GELU * (1.0 + 3.0 * _CUBIC * x32 * x32)
+    slope = 0.5 * (1.0 + tanh) + 0.5 * x32 * (1.0 - tanh * tanh) * inner
     return tf.cast(tf.cast(upstream, tf.float32) * slope, x.dtype)
 
 
-def _gelu_gate(x: tf.Tensor) -> tf.Tensor:
-    return tf.sigmoid(2.0 * _GELU * (x + _CUBIC * x * x * x))
+def _gelu_tanh(x: tf.Tensor) -> tf.Tensor:
+    return tf.tanh(_GELU * (x + _CUBIC * x * x * x))
 
 
 def layer_norm(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:

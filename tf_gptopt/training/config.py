@@ -1,0 +1,107 @@
+"""How long and how fast to train: `TrainConfig`. Needs no TensorFlow."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from tf_gptopt._errors import UserError, suggest
+
+SCHEDULES = ("constant", "cosine", "linear")
+PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Args:
+        steps: optimizer updates.
+        batch_size: sequences an update, all replicas together.
+        sequence_length: tokens a sequence; None takes the dataset's.
+        learning_rate: the peak, reached after the warm-up.
+        warmup_steps: updates in which the learning rate rises from 0; None is 5% of the steps.
+        schedule: after the warm-up, "cosine", "linear" or "constant".
+        final_learning_rate: where "cosine" and "linear" end, as a fraction of the peak.
+        weight_decay: decoupled decay (AdamW) of matrices; biases and norms never decay.
+        beta_1: Adam's decay of the mean gradient.
+        beta_2: Adam's decay of the mean squared gradient.
+        clip_norm: the longest gradient, all weights together; None does not clip.
+        seed: order of the data and of dropout; the same seed gives the same run.
+        precision: the dtype policy that the model is built under; "auto" takes what the processor
+            computes fastest.
+        checkpoint_every: seconds between checkpoints; 0 writes one at the end only.
+        log_every: updates between two reports.
+
+    Raises:
+        UserError: when a number is out of its range.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    sequence_length: int | None = None
+    learning_rate: float = 1e-3
+    warmup_steps: int | None = None
+    schedule: str = "cosine"
+    final_learning_rate: float = 0.1
+    weight_decay: float = 0.1
+    beta_1: float = 0.9
+    beta_2: float = 0.95
+    clip_norm: float | None = 1.0
+    seed: int = 0
+    precision: str = "auto"
+    checkpoint_every: float = 30.0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every"):
+            _check_int(name, getattr(self, name), 1)
+        if self.sequence_length is not None:
+            _check_int("sequence_length", self.sequence_length, 1)
+        _check_int("seed", self.seed, 0)
+        if self.warmup_steps is not None:
+            _check_int("warmup_steps", self.warmup_steps, 0)
+        if self.warmup >= self.steps:
+            raise UserError(
+                "The warm-up must be shorter than the training. Received: "
+                f"warmup_steps={self.warmup_steps}, steps={self.steps}. Lower warmup_steps or "
+                "leave it out (5% of the steps)."
+            )
+        for name, low, high in (
+            ("learning_rate", 1e-12, 10.0),
+            ("final_learning_rate", 0.0, 1.0),
+            ("weight_decay", 0.0, 10.0),
+            ("beta_1", 0.0, 0.9999999),
+            ("beta_2", 0.0, 0.9999999),
+            ("checkpoint_every", 0.0, math.inf),
+        ):
+            _check_number(name, getattr(self, name), low, high)
+        if self.clip_norm is not None:
+            _check_number("clip_norm", self.clip_norm, 1e-12, math.inf)
+        for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"Unknown {name} {value!r}.{suggest(str(value), known)}")
+
+    @property
+    def warmup(self) -> int:
+        """Updates of warm-up, the default worked out."""
+        return self.steps // 20 if self.warmup_steps is None else self.warmup_steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `TrainConfig(**values)` reads them back."""
+        return dataclasses.asdict(self)
+
+
+def _check_int(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise UserError(f"{name} must be an integer, {low} or more. Received: {name}={value!r}.")
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not fine:
+        raise UserError(
+            f"{name} must be a number from {low:g} to {high:g}. Received: {name}={value!r}."
+        )
