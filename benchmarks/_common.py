@@ -1,0 +1,79 @@
+"""What the benchmarks share: a description of the machine, and where results go."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tf_gptopt._files import write_json
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+_PACKAGES = (
+    "tf_gptopt",
+    "tensorflow",
+    "tf_keras",
+    "ai-edge-litert",
+    "numpy",
+    "llama_cpp_python",
+    "ctranslate2",
+    "torch",
+    "keras-nlp",
+)
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
+
+def machine() -> dict[str, Any]:
+    """The processor, the versions of what is compared, the date and the command line."""
+    name, flags = platform.processor(), set()
+    if Path("/proc/cpuinfo").is_file():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() == "flags":
+                flags = set(value.split())
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join(
+            ["python", *(os.path.relpath(arg) if i == 0 else arg for i, arg in enumerate(sys.argv))]
+        ),
+        "processor": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "instructions": [flag for flag in _FLAGS if flag in flags],
+        "load": os.getloadavg()[0],  # of the last minute: other work on the machine shows here
+        "python": platform.python_version(),
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+    }
+
+
+def write_result(name: str, result: dict[str, Any]) -> Path:
+    """Write `benchmarks/results/{name}.json`, with the machine beside the numbers."""
+    path = RESULTS / f"{name}.json"
+    write_json(path, {"machine": machine(), **result})
+    return path
+
+
+def spread(values: Sequence[float], digits: int = 1) -> dict[str, Any]:
+    """Median, smallest, largest and all of `values`, rounded."""
+    return {
+        "median": round(statistics.median(values), digits),
+        "min": round(min(values), digits),
+        "max": round(max(values), digits),
+        "all": [round(value, digits) for value in values],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,42 @@
+"""What the tests of this room share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def exported(tmp_path, tiny_model) -> Callable[..., Any]:
+    """`exported(scheme="float32", tokenizer=None, **shape)`: a tiny model and its runtime."""
+
+    def export(scheme: str = "float32", model: Any = None, **options: Any) -> Any:
+        from tf_gptopt.compression.quantization.config import QuantConfig
+        from tf_gptopt.tflite.convert import export_tflite
+        from tf_gptopt.tflite.runtime import TFLiteGPT
+
+        export_options = {
+            key: options.pop(key)
+            for key in ("tokenizer", "prefill_lengths", "decode_capacities")
+            if key in options
+        }
+        model = model or tiny_model(**options)
+        path = tmp_path / f"{scheme}.tflite"
+        export_tflite(model, path, QuantConfig(scheme), **export_options)
+        return model, TFLiteGPT(path, threads=1)
+
+    return export
+
+
+@pytest.fixture
+def relative_error() -> Callable[[np.ndarray, np.ndarray], float]:
+    """Root mean square of the difference, in units of the reference's deviation from its mean."""
+
+    def error(logits: np.ndarray, reference: np.ndarray) -> float:
+        centred = reference - reference.mean(-1, keepdims=True)
+        return float(np.sqrt(np.mean((logits - reference) ** 2) / np.mean(centred**2)))
+
+    return error

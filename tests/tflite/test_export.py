@@ -1,0 +1,342 @@
+"""The file computes what Keras computes, holds the weights it should, and nothing twice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tf_gptopt._errors import UserError
+from tf_gptopt.compression.quantization.config import QuantConfig
+from tf_gptopt.models.folding import fold_layer_norms
+from tf_gptopt.tflite.convert import export_tflite
+from tf_gptopt.tflite.flatbuffer import count_weights, read_weights
+from tf_gptopt.tflite.runtime import TFLiteGPT
+from tf_gptopt.tflite.signatures import plan_buckets
+from tf_gptopt.tflite.weights import quantize_rows
+
+SHAPES = {
+    "plain": {},
+    "own head": {"tie_embeddings": False},
+    "blocks differ": {"num_heads": (1, 3), "intermediate_dim": (7, 40), "head_dim": 8},
+    "wide heads": {"num_heads": 2, "head_dim": 20},
+    "one of everything": {
+        "vocab_size": 3,
+        "embedding_dim": 1,
+        "num_layers": 1,
+        "num_heads": 1,
+        "intermediate_dim": 1,
+        "max_sequence_length": 2,
+    },
+    "long": {"max_sequence_length": 300},
+}
+
+# What an int8 file may differ from the float model, as a share of the logits' deviation. Weights
+# are off by up to half of 1/127 of their row's largest, activations by half of 1/255 of their row's
+# range. For normal numbers each is a relative error of about 0.6% of a product, and errors of the
+# products along the residual stream add up as independent ones do: 2% to 3% after two blocks.
+INT8_ERROR = 0.05
+
+
+def ids_for(model, seed=0):
+    config = model.config
+    return np.random.default_rng(seed).integers(0, config.vocab_size, config.max_sequence_length)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_logits_are_those_of_keras(exported, shape):
+    model, runtime = exported("float32", **SHAPES[shape])
+    ids = ids_for(model)
+    np.testing.assert_allclose(runtime.logits(ids), model(ids[None])[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["plain", "own head", "blocks differ", "long"])
+@pytest.mark.parametrize(("scheme", "most"), [("float16", 0.005), ("int8", INT8_ERROR)])
+def test_compressed_logits_are_near_those_of_keras(exported, relative_error, scheme, most, shape):
+    model, runtime = exported(scheme, **SHAPES[shape])
+    ids = ids_for(model)
+    assert relative_error(runtime.logits(ids), model(ids[None])[0].numpy()) < most
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_shape_exports(exported, relative_error, data):
+    small = st.integers(1, 17)
+    layers = data.draw(st.integers(1, 3))
+    model, runtime = exported(
+        data.draw(st.sampled_from(["float32", "int8"])),
+        vocab_size=data.draw(st.integers(2, 80)),
+        embedding_dim=data.draw(st.integers(4, 40)),
+        num_layers=layers,
+        num_heads=tuple(data.draw(st.lists(st.integers(1, 4), min_size=layers, max_size=layers))),
+        intermediate_dim=tuple(data.draw(st.lists(small, min_size=layers, max_size=layers))),
+        head_dim=data.draw(small),
+        max_sequence_length=data.draw(st.integers(1, 150)),
+        tie_embeddings=data.draw(st.booleans()),
+    )
+    ids = ids_for(model)
+    whole = runtime.logits(ids)
+    most = 1e-4 if runtime.metadata["quantization"]["scheme"] == "float32" else 0.2
+    assert relative_error(whole, model(ids[None])[0].numpy()) < most
+    runtime.prefill(ids[:1])
+    for position in range(1, len(ids)):
+        np.testing.assert_allclose(runtime.decode(ids[position]), whole[position], atol=1e-3)
+
+
+def test_weights_are_quantized_after_folding(exported):
+    model, runtime = exported("int8")
+    stored = read_weights(runtime.path.read_bytes())
+    folded = fold_layer_norms({w.name.removesuffix(":0"): w.numpy() for w in model.weights})
+    for name, array in folded.items():
+        if not name.endswith("/kernel"):
+            continue
+        values, scales = stored[name]
+        integers, expected = quantize_rows(array.T)
+        np.testing.assert_array_equal(values, integers)
+        if name.endswith("qkv/kernel"):  # queries carry the attention's scale
+            expected[: len(expected) // 3] *= np.float32(8**-0.5)
+        np.testing.assert_array_equal(scales, expected)
+
+
+def test_weights_on_an_int8_grid_come_out_bit_for_bit(exported, tiny_model):
+    from tf_gptopt.compression.quantization.qat import quantize_aware, strip_quantization
+    from tf_gptopt.models.checkpoints import named_weights
+
+    aware = quantize_aware(tiny_model(head_dim=16), QuantConfig("int8"))
+    _, runtime = exported("int8", model=aware)  # the export strips the wrappers itself
+    trained = named_weights(strip_quantization(aware))
+    stored = read_weights(runtime.path.read_bytes())
+    kernels = [name for name in trained if name.endswith("/kernel")]
+    assert len(kernels) == 8
+    for name in [*kernels, "token_embedding/embeddings"]:
+        rows = trained[name].T if name in kernels else trained[name]
+        values, scales = stored[name]
+        assert values.dtype == np.int8
+        assert (np.abs(values.astype(int)).max(1) == 127).all()
+        scales = scales.copy()
+        if "qkv" in name:
+            scales[: len(scales) // 3] *= 4  # head_dim 16: a power of two, so nothing is rounded
+        np.testing.assert_array_equal(values * scales[:, None], rows)
+
+
+def test_zeros_of_pruning_stay_zeros(exported, tiny_model):
+    model = tiny_model()
+    kernel = model.base_layer("block_1_fc").kernel
+    mask = np.random.default_rng(0).random(kernel.shape) < 0.5
+    kernel.assign(np.where(mask, kernel, 0.0))
+    for scheme in ("int8", "float16", "float32"):
+        _, runtime = exported(scheme, model=model)
+        values, _ = read_weights(runtime.path.read_bytes())["block_1_fc/kernel"]
+        assert not values[~mask.T].any()
+        assert np.count_nonzero(values) > 0.95 * mask.sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*sparse")
+def test_a_pruned_model_is_stripped(exported, tiny_model):
+    from tf_gptopt.compression.pruning.config import PruneConfig
+    from tf_gptopt.compression.pruning.magnitude import prune, strip_pruning
+
+    pruned = prune(tiny_model(), PruneConfig())
+    _, runtime = exported("float32", model=pruned)
+    ids = ids_for(pruned)
+    np.testing.assert_allclose(runtime.logits(ids), strip_pruning(pruned)(ids[None])[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "float16", "float32"])
+def test_each_weight_is_stored_once(exported, scheme):
+    model, runtime = exported(scheme, vocab_size=500, num_layers=2)
+    data = runtime.path.read_bytes()
+    root = schema.Model.GetRootAsModel(data, 0)
+    sizes = [root.Buffers(i).DataLength() for i in range(root.BuffersLength())]
+    bytes_each = {"int8": 1, "float16": 2, "float32": 4}[scheme]
+    assert sizes.count(500 * 24 * bytes_each) == 1  # the tied token table
+    arrays = [root.Buffers(i).DataAsNumpy() for i in range(root.BuffersLength())]
+    big = [a.tobytes() for a in arrays if not isinstance(a, int) and a.size > 300]
+    assert len(big) == len(set(big))
+    folded_away = 2 * 2 * 2 * 24  # gamma and beta of two blocks' two LayerNorms
+    assert count_weights(data)[0] == model.count_params() - folded_away
+
+
+def test_a_signature_costs_little(tmp_path, tiny_model):
+    few, many = (
+        export_tflite(
+            tiny_model(vocab_size=500),
+            tmp_path / "model.tflite",
+            prefill_lengths=[32],
+            decode_capacities=capacities,
+        )
+        for capacities in ([32], [8, 16, 24, 32])
+    )
+    added = len(many.signatures) - len(few.signatures)
+    assert (many.bytes - few.bytes) / added < 3_000 * 2  # per block
+
+
+def test_float_layers_stay_float(exported, tmp_path, tiny_model, relative_error):
+    model = tiny_model()
+    path = tmp_path / "model.tflite"
+    export_tflite(model, path, QuantConfig("int8", float_layers=("block_0_*", "token_embedding")))
+    stored = read_weights(path.read_bytes())
+    assert stored["block_0_qkv/kernel"][0].dtype == np.float32
+    assert stored["token_embedding/embeddings"][0].dtype == np.float32
+    assert stored["block_1_qkv/kernel"][0].dtype == np.int8
+    ids = ids_for(model)
+    error = relative_error(TFLiteGPT(path).logits(ids), model(ids[None])[0].numpy())
+    assert error < INT8_ERROR
+
+
+def test_all_operations_but_look_ups_run_in_one_xnnpack_partition(exported):
+    _, runtime = exported("int8")
+    root = schema.Model.GetRootAsModel(runtime.path.read_bytes(), 0)
+    names = {v: k for k, v in vars(schema.BuiltinOperator).items() if k.isupper()}
+    decode = next(
+        root.Subgraphs(i)
+        for i in range(root.SubgraphsLength())
+        if root.Subgraphs(i).Name() == b"decode"
+    )
+    operations = [
+        names[root.OperatorCodes(decode.Operators(i).OpcodeIndex()).BuiltinCode()]
+        for i in range(decode.OperatorsLength())
+    ]
+    outside = [i for i, name in enumerate(operations) if name in ("EMBEDDING_LOOKUP", "CAST")]
+    first_product = operations.index("FULLY_CONNECTED")
+    assert max(outside) < first_product
+    known = {"ADD", "SUB", "MUL", "MINIMUM", "MEAN", "RSQRT", "GELU", "SOFTMAX", "RESHAPE"}
+    known |= {"SPLIT", "SLICE", "CONCATENATION", "FULLY_CONNECTED", "BATCH_MATMUL", "TRANSPOSE"}
+    assert set(operations) - {"EMBEDDING_LOOKUP", "CAST"} <= known
+
+
+def test_the_whole_export_needs_no_tensorflow(run_child, tmp_path):
+    out = run_child(
+        """
+        import sys
+        import numpy as np
+        from tf_gptopt.compression.quantization.config import QuantConfig
+        from tf_gptopt.models.config import GPTConfig
+        from tf_gptopt.tflite.convert import build_tflite
+        shapes = {
+            "token_embedding/embeddings": (9, 4), "position_embedding/embeddings": (8, 4),
+            "block_0_attention_norm/gamma": (4,), "block_0_attention_norm/beta": (4,),
+            "block_0_qkv/kernel": (4, 12), "block_0_qkv/bias": (12,),
+            "block_0_proj/kernel": (4, 4), "block_0_proj/bias": (4,),
+            "block_0_mlp_norm/gamma": (4,), "block_0_mlp_norm/beta": (4,),
+            "block_0_fc/kernel": (4, 16), "block_0_fc/bias": (16,),
+            "block_0_out/kernel": (16, 4), "block_0_out/bias": (4,),
+            "final_norm/gamma": (4,), "final_norm/beta": (4,),
+        }
+        weights = {name: np.ones(shape, "float32") for name, shape in shapes.items()}
+        config = GPTConfig(9, 4, 1, 2, max_sequence_length=8)
+        data, info = build_tflite(config, weights, QuantConfig("int8"))
+        print(len(data), info.signatures[-1], "tensorflow" in sys.modules)
+        """,
+        devices=0,
+    )
+    assert out.split()[1:] == ["logits_8", "False"]
+
+
+def test_info_says_what_was_written(exported, tmp_path, tiny_model):
+    info = export_tflite(tiny_model(), tmp_path / "new" / "model.tflite")
+    assert info.scheme == "int8"
+    assert info.bytes == (tmp_path / "new" / "model.tflite").stat().st_size
+    assert info.parameters == tiny_model().count_params()
+    assert info.bytes_per_parameter == info.bytes / info.parameters
+    assert {"prefill_32", "decode", "logits_32"} <= set(info.signatures)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["model.tflite"]
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path, tiny_model):
+    for name in ("a", "b"):
+        export_tflite(tiny_model(), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+# Mistakes
+
+
+def test_a_model_that_diverged_is_refused(tmp_path, tiny_model):
+    model = tiny_model()
+    kernel = model.base_layer("block_0_fc").kernel
+    kernel.assign(np.where(np.arange(kernel.shape[1]) == 3, np.nan, kernel))
+    with pytest.raises(UserError, match="'block_0_fc/kernel' holds NaN"):
+        export_tflite(model, tmp_path / "model.tflite")
+    assert not (tmp_path / "model.tflite").exists()
+
+
+def test_weights_beyond_float16_are_refused(tmp_path, tiny_model):
+    model = tiny_model()
+    model.base_layer("block_0_fc").kernel.assign_add(1e6 * np.ones((24, 96)))
+    with pytest.raises(UserError, match="beyond float16"):
+        export_tflite(model, tmp_path / "model.tflite", QuantConfig("float16"))
+    export_tflite(model, tmp_path / "model.tflite", QuantConfig("int8"))
+
+
+def test_other_models_are_refused(tmp_path):
+    with pytest.raises(UserError, match="must be a tf_keras model"):
+        export_tflite("model", tmp_path / "model.tflite")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, tiny_model, tiny_tokenizer):
+    with pytest.raises(UserError, match="knows 300 tokens and the model 61"):
+        export_tflite(tiny_model(), tmp_path / "model.tflite", tokenizer=tiny_tokenizer)
+
+
+def test_a_file_beyond_two_gigabytes_is_refused():
+    from tf_gptopt.tflite.convert import _check_size
+
+    _check_size("int8", 1_557_611_200)  # gpt2-xl
+    with pytest.raises(UserError, match=r"5\.8 GiB"):
+        _check_size("float32", 1_557_611_200)
+
+
+# Quantizing rows
+
+
+@given(
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40),
+    st.floats(2**-20, 2**20, width=32),
+)
+def test_rows_are_rounded_to_the_nearest_step(values, factor):
+    rows = np.array([values], np.float32) * np.float32(factor)
+    integers, scales = quantize_rows(rows)
+    assert np.abs(integers.astype(int)).max() in (0, 127)
+    assert (np.abs(integers * scales[:, None] - rows) <= scales * 0.5001).all()
+    again, same = quantize_rows(integers * scales[:, None])
+    np.testing.assert_array_equal(again, integers)
+    np.testing.assert_allclose(same, scales, rtol=2e-7)
+
+
+def test_a_row_of_zeros_is_zeros():
+    integers, scales = quantize_rows(np.array([[0.0, -0.0], [1e-38, 0.0]], np.float32))
+    assert not integers.any()
+    assert scales.tolist() == [1.0, 1.0]
+
+
+# Buckets
+
+
+def test_buckets_of_gpt2():
+    names = [bucket.signature for bucket in plan_buckets(1024)]
+    assert names[:5] == [f"prefill_{n}" for n in (16, 32, 64, 128, 256)]
+    assert "prefill_32_512" in names
+    assert names[-1] == "decode"
+    decode = [bucket.capacity for bucket in plan_buckets(1024) if bucket.is_decode]
+    assert decode == [64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
+
+
+@given(st.integers(1, 5000))
+def test_buckets_serve_every_position(context):
+    buckets = plan_buckets(context)
+    assert len({bucket.signature for bucket in buckets}) == len(buckets)
+    assert all(bucket.tokens <= context and bucket.capacity <= context for bucket in buckets)
+    assert any(bucket.is_decode and bucket.capacity == context for bucket in buckets)
+    assert any(not bucket.is_decode and bucket.capacity == 0 for bucket in buckets)
+    assert any(not bucket.is_decode and bucket.capacity == context for bucket in buckets)
+
+
+@pytest.mark.parametrize("wrong", [[0], [33], ["8"], []])
+def test_impossible_lengths_are_refused(tmp_path, tiny_model, wrong):
+    with pytest.raises(UserError, match="integers from 1 to the model's context, 32"):
+        export_tflite(tiny_model(), tmp_path / "model.tflite", prefill_lengths=wrong)
