@@ -273,6 +273,13 @@ def test_weights_beyond_float16_are_refused(tmp_path, tiny_model):
     export_tflite(model, tmp_path / "model.tflite", QuantConfig("int8"))
 
 
+def test_float_layers_that_are_not_there_are_refused(tmp_path, tiny_model):
+    with pytest.raises(UserError, match="Did you mean 'block_0_qkv'"):
+        export_tflite(
+            tiny_model(), tmp_path / "m.tflite", QuantConfig("int8", float_layers=("block_0_qvk",))
+        )
+
+
 def test_other_models_are_refused(tmp_path):
     with pytest.raises(UserError, match="must be a tf_keras model"):
         export_tflite("model", tmp_path / "model.tflite")

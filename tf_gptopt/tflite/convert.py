@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,6 @@ def export_tflite(
         UserError: for something that is no GPTModel, weights that are not finite, a tokenizer with
             more tokens than the model, impossible lengths and a file beyond 2 GiB.
     """
-    from tf_gptopt.data.tokenizer import Tokenizer
     from tf_gptopt.models.checkpoints import named_weights
 
     quant = quant or QuantConfig("int8")
@@ -90,17 +90,16 @@ def export_tflite(
     tokenizer = tokenizer or model.tokenizer
     _check_tokenizer(tokenizer, plain.config)
     path = Path(path)
-    if hasattr(tokenizer, "save"):
-        tokenizer.save(path.parent)
-        tokenizer = Tokenizer.load(path.parent)  # as the runtime will: its fingerprint counts
     data, info = build_tflite(
         plain.config,
         named_weights(plain),
         quant,
-        tokenizer,
+        _as_the_runtime_reads(tokenizer),
         prefill_lengths=prefill_lengths,
         decode_capacities=decode_capacities,
     )
+    if hasattr(tokenizer, "save"):
+        tokenizer.save(path.parent)
     write_bytes(path, data)
     return dataclasses.replace(info, path=str(path))
 
@@ -116,6 +115,8 @@ def build_tflite(
 ) -> tuple[bytearray, ExportInfo]:
     """The file's bytes, from named weights alone: no TensorFlow takes part."""
     parameters = sum(array.size for array in weights.values())
+    names = {name.partition("/")[0] for name in weights if name.endswith(("kernel", "embeddings"))}
+    quant.layers_to_quantize(names)  # a pattern that matches nothing is an error
     context = config.max_sequence_length
     buckets = plan_buckets(context, prefill_lengths, decode_capacities)
     _check_size(quant.scheme, parameters)
@@ -155,6 +156,17 @@ def _plain_model(model: Any) -> GPTModel:
     from tf_gptopt.compression.quantization.qat import is_quantization_aware, strip_quantization
 
     return strip_quantization(model) if is_quantization_aware(model) else strip_pruning(model)
+
+
+def _as_the_runtime_reads(tokenizer: Any) -> Any:
+    """`tokenizer` after a round trip through its files: that is the fingerprint to expect."""
+    if not hasattr(tokenizer, "save"):
+        return tokenizer
+    from tf_gptopt.data.tokenizer import Tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return Tokenizer.load(folder)
 
 
 def _check_tokenizer(tokenizer: Any, config: GPTConfig) -> None:

@@ -77,7 +77,9 @@ class Session:
         self.cache = KVCache(self.config)
         self._model = model
         self._names = model.get_signature_list()
-        self._buckets = [Bucket(**bucket) for bucket in metadata["buckets"]]
+        buckets = [Bucket(**bucket) for bucket in metadata["buckets"]]
+        self._prefills = [b for b in buckets if not b.is_decode]
+        self._decodes = sorted((b for b in buckets if b.is_decode), key=lambda b: b.capacity)
         self._logits_signature = metadata["logits"]["signature"]
         self._logits_rows = metadata["logits"]["rows"]
         self._calls: dict[str, _Call] = {}
@@ -101,24 +103,23 @@ class Session:
         start = self.cache.length
         hidden = np.empty((len(ids), self.config.embedding_dim), np.float32)
         while (done := self.cache.length - start) < len(ids):
-            bucket = self._pick(len(ids) - done, kind="prefill")
+            bucket = self._pick(len(ids) - done, with_hidden=True)
             piece = ids[done : done + bucket.tokens]
             hidden[done : done + len(piece)] = self._step(piece, bucket)["hidden"][: len(piece)]
         return self._logits(hidden)
 
-    def _pick(self, count: int, kind: str = "") -> Bucket:
+    def _pick(self, count: int, with_hidden: bool = False) -> Bucket:
         """The signature that reads `count` tokens, or as many of them as any does, at least cost.
 
         Args:
-            kind: what its name begins with: only a `"prefill"` gives hidden states.
+            with_hidden: whether hidden states are needed, which only prefill signatures give.
         """
         length = self.cache.length
-
-        def fits(bucket: Bucket) -> bool:
-            looks_back = length > 0 or bucket.is_decode
-            return bucket.capacity >= max(length, 1) if looks_back else bucket.capacity == 0
-
-        fitting = [b for b in self._buckets if b.signature.startswith(kind) and fits(b)]
+        if count == 1 and not with_hidden:
+            return next(b for b in self._decodes if b.capacity >= length)
+        fitting = [
+            b for b in self._prefills if (b.capacity >= length if length else not b.capacity)
+        ]
         enough = [b for b in fitting if b.tokens >= count]
         return min(enough or fitting, key=lambda b: (b.tokens if enough else -b.tokens, b.capacity))
 
@@ -141,8 +142,7 @@ class Session:
         self._model.run_by_index(call.index, inputs, call.output_buffers)
         end = cache.length + len(ids)
         if end > cache.capacity:
-            decodes = (b.capacity for b in self._buckets if b.is_decode)
-            cache.resize(min(capacity for capacity in decodes if capacity >= end))
+            cache.resize(next(b.capacity for b in self._decodes if b.capacity >= end))
         cache.append(call.outputs, len(ids))
         return call.outputs
 
