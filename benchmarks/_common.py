@@ -49,7 +49,6 @@ def machine() -> dict[str, Any]:
         "processor": name,
         "cores": len(os.sched_getaffinity(0)),
         "instructions": [flag for flag in _FLAGS if flag in flags],
-        "load": os.getloadavg()[0],  # of the last minute: other work on the machine shows here
         "python": platform.python_version(),
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
     }

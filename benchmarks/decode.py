@@ -8,19 +8,21 @@ and they work in turn, so that other work on the machine hits both; what counts 
 rounds' ratios. Tokens are chosen greedily, and the choice is part of the time. Before anything is
 timed, both engines' logits for the same prompt are compared: they run the same model.
 
-What was learned on the way, for whoever wants more (2 cores, AVX-512 VNNI, 124 M parameters):
+What was learned on the way, for whoever wants more (AVX-512 VNNI, 124 M parameters, one thread):
 
-- The weights are the cost. Reading 124 MB takes nearly all of a token's time; all element-wise
-  operations of twelve blocks together (LayerNorm, GELU, additions) take 0.02 ms of 5 to 9 ms.
+- The weights are the cost: reading 124 MB takes 8 of a token's 9 ms at positions below 64. All
+  element-wise operations of twelve blocks together (LayerNorm, GELU, additions) take 0.01 ms.
 - XNNPACK packs a product's right-hand operand on every call where it is no constant. For the cache
-  that costs (one thread) 0.8 ms a token at capacity 128 and 14 at 1,024, hence signatures for
-  several capacities. Keys stored transposed are 5% faster to pack; the cache as left operand needs
-  no packing and was no faster.
-- Host buffers are rank 1, and the reshape of a cache input is a copy: 0.2 ms at capacity 128, 3 ms
-  at 1,024.
+  that costs 0.8 ms a token at capacity 128 and 17 at 1,024: hence signatures for many capacities.
+  Done for 512 kB of heads at a time the copies stay in the second-level cache (17 -> 12 ms at
+  1,024). Keys stored transposed pack 3% faster; the cache as left operand needs no packing and is
+  no faster; a float16 cache takes 30% less, but is refused by processors without float16 products.
+- Host buffers are flat, and the reshape of a cache input is a copy: a sixth of attention's time.
 - Without a weight cache each signature packs the weights for itself: twelve signatures took 1.5 GB
-  and 9 s to load. In memory (`:memory`) they share one copy (0.7 s); a file is 5 to 10% faster than
-  memory to read, since its pages are huge ones, and loads in 0.02 s (`--weight-cache FOLDER`).
+  and 9 s to load, and with one in memory 0.2 GB and 0.7 s. In a file it loads in 0.02 s and is some
+  percent faster to read, since the file's pages are huge ones (`--weight-cache FOLDER`).
+- Both engines' threads wait actively for each other. Other work on the machine slows llama.cpp's
+  more (to 4 tokens a second): only an idle machine gives numbers to compare.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -41,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._common import spread, write_result
 
+CONTEXT = 1024
 PROMPT = 32
 DECODED = 96  # tokens after a short prompt: positions 32 to 128
 
@@ -68,13 +72,14 @@ class LlamaCpp:
         import llama_cpp
 
         self._lib = llama_cpp
-        llama_cpp.llama_log_set(_SILENT(llama_cpp), None)
+        self._log = llama_cpp.llama_log_callback(lambda level, text, data: None)  # C keeps it
+        llama_cpp.llama_log_set(self._log, None)
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(
             str(Path(folder) / "model.gguf").encode(), llama_cpp.llama_model_default_params()
         )
         options = llama_cpp.llama_context_default_params()
-        options.n_ctx, options.n_batch, options.n_ubatch = 1024, 1024, 1024
+        options.n_ctx = options.n_batch = options.n_ubatch = CONTEXT
         options.n_threads = options.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, options)
         vocab = llama_cpp.llama_model_get_vocab(self._model)
@@ -90,18 +95,6 @@ class LlamaCpp:
 
     def reset(self) -> None:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-
-
-def _SILENT(llama_cpp: Any) -> Any:
-    @llama_cpp.llama_log_callback
-    def callback(level: int, text: bytes, data: Any) -> None:
-        pass
-
-    _keep.append(callback)  # C holds it from now on
-    return callback
-
-
-_keep: list[Any] = []
 
 
 def serve(pipe: Any, engine_class: type, *args: Any) -> None:
@@ -219,12 +212,13 @@ def compare(
         for found, each in zip(pair, seconds, strict=True):
             found.append(tokens / each)
 
-    cases = [(PROMPT, DECODED), *((position, 24) for position in positions)]
+    cases = [(PROMPT, DECODED), *((p, min(64, CONTEXT - p)) for p in positions)]
     correlation = 0.0
     for i in range(rounds + 1):
         for length, count in cases:
             prompt = rng.integers(0, vocab_size, length)
-            results = [measure(prompt, count) for measure in (ours, theirs)]
+            engines = (ours, theirs) if i % 2 else (theirs, ours)
+            results = [measure(prompt, count) for measure in engines][:: 1 if i % 2 else -1]
             if i == 0:  # warm-up, and the proof that both run the same model
                 correlation = float(np.corrcoef(results[0][2], results[1][2])[0, 1])
                 if correlation < 0.99:
@@ -254,6 +248,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="keep the models here (default: temporary)")
     options = parser.parse_args()
 
+    load = round(os.getloadavg()[0], 1)
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
@@ -275,7 +270,12 @@ def main() -> int:
         f"file: {size['bytes'] / 1e6:.1f} MB, {size['bytes_per_parameter']} bytes a parameter "
         f"(llama.cpp {size['llama_cpp_bytes'] / 1e6:.1f} MB)"
     )
-    settings = {"threads": options.threads, "weight_cache": options.weight_cache}
+    settings = {
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "weight_cache": options.weight_cache is not None,
+        "load_before": load,
+    }
     path = write_result("decode", {"settings": settings, "size": size, "measured": measured})
     print(f"wrote {path}")
     return 0

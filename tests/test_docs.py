@@ -1,5 +1,6 @@
 """The prose is true: the map names every module, and the README's commands and snippets run."""
 
+import json
 import re
 import subprocess
 import sys
@@ -69,16 +70,37 @@ def test_readme_shell_commands_exist():
     assert {"run", "generate"} <= used
 
 
-def test_numbers_in_the_readme_come_from_results():
-    """Each table row that names a results file quotes figures which that file holds."""
-    import json
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
+
+
+def test_the_readme_table_is_the_measured_one():
+    """Every cell of the main job's table, as the recorded run printed it."""
+    from tf_gptopt.evaluation.report import Report, cells
 
     text = README.read_text("utf-8")
-    sources = set(re.findall(r"benchmarks/results/([a-z_0-9]+\.json)", text))
-    assert sources
-    for name in sources:
-        values = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
-        assert values["machine"]["command"].startswith("python benchmarks/"), name
+    recorded = results("main_job")
+    report = Report.from_dict(recorded["report"])
+    for row in report.rows:
+        assert " | ".join(cells(row)[1:]) in text, row.name
+    assert f"**{report.recommended}**" in text
+    minutes, seconds = divmod(int(recorded["seconds"]), 60)
+    assert f"{minutes}:{seconds:02d} minutes" in text
+
+
+def test_the_readme_speeds_are_the_measured_ones():
+    text = README.read_text("utf-8")
+    for what, pair in results("decode")["measured"].items():
+        if isinstance(pair, dict) and what in text:
+            ours = pair["ours_tokens_per_second"]["median"]
+            theirs = pair["llama_cpp_tokens_per_second"]["median"]
+            row = f"| {what} | {ours:,.0f} | {theirs:,.0f} | {pair['ratio']['median']:.2f}x |"
+            assert row in text
+    for peer, ratio in results("train")["ratios"].items():
+        assert f"{ratio['median']:.2f}x {peer.partition(' ')[0]}" in text
+    for name in ("decode", "train", "main_job"):
+        assert f"benchmarks/results/{name}.json" in text
+        assert results(name)["machine"]["command"].startswith("python benchmarks/")
 
 
 def test_package_data_is_declared():

@@ -371,6 +371,13 @@ def test_the_weight_cache_is_filled_once_and_changes_nothing(exported, tmp_path)
     assert files[0] in [(p.name, p.stat().st_mtime_ns, p.stat().st_ino) for p in cache.iterdir()]
 
 
+def test_a_weight_cache_that_cannot_be_written_is_refused(exported, tmp_path):
+    _, runtime = exported("int8")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        TFLiteGPT(runtime.path, weight_cache=tmp_path / "file")
+
+
 # What it needs
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 import shutil
 import signal
 
@@ -252,3 +253,31 @@ def test_an_unwritable_folder_is_named(tmp_path):
 def test_something_else_than_a_model_is_turned_away():
     with pytest.raises(UserError, match="tf_keras model"):
         fit("gpt", Counting(), CONFIG)
+
+
+def test_a_full_disk_is_said_and_the_checkpoints_stay(tmp_path):
+    """A limit on the size of files fails as a full disk does: in the middle of writing."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(model):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+
+    try:
+        with pytest.raises(UserError, match=r"step 15 could not be written.*Free some space"):
+            fit(build(), Counting(), CONFIG, tmp_path, [At(12, fill)], quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "run.json",
+        "step-00000005",
+        "step-00000010",
+    ]
+
+
+def test_the_whole_step_may_be_compiled_too():
+    plain, compiled = build(dropout=0.0), build(dropout=0.0)
+    compiled.compile(*optimizer_and_loss(), jit_compile=True)
+    losses = [
+        fit(model, Counting(), CONFIG, None, [], quiet)["loss"] for model in (plain, compiled)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -154,7 +154,7 @@ def evaluate(
         on_progress=console.note,
     )
     write_json(out / "report.json", report.to_dict())
-    write_text(out / "report.md", markdown(report, "What each stage cost and gained"))
+    write_text(out / "report.md", markdown(report, "From text to a file, stage by stage"))
     return report.to_dict()
 
 
@@ -205,7 +205,7 @@ def _fit(
     config = dataclasses.replace(config, seed=seed + config.seed)
     checkpoints = out / "checkpoints"
     try:
-        return trainer.fit(
+        history = trainer.fit(
             model,
             tokens,
             config,
@@ -215,6 +215,8 @@ def _fit(
         )
     finally:
         console.close()
+    history["training_seconds"] = history.pop("seconds")  # over all interruptions
+    return history
 
 
 def _save(model: GPTModel, out: Path) -> Metrics:

@@ -8,7 +8,7 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -84,10 +84,15 @@ def _environment() -> Environment:
 
 
 @contextlib.contextmanager
-def _native_output() -> Iterator:
+def _native_output() -> Iterator[Callable[[], str]]:
     """Catch what native code writes to stderr; yields a function that returns it."""
-    sys.stderr.flush()
-    saved = os.dup(2)
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    try:
+        saved = os.dup(2)
+    except OSError:  # a process without stderr, such as a service
+        yield lambda: ""
+        return
     with tempfile.TemporaryFile() as file:
 
         def read() -> str:
@@ -108,16 +113,23 @@ def _cache_file(folder: Path, sha256: str) -> Iterator[Path]:
 
     A new one gets its name only when it is complete. The mapping survives the renaming.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".", suffix=".xnnpack.tmp", dir=folder)
+    except OSError as error:
+        raise UserError(
+            f"The weight cache {folder} cannot be written ({error}). Name a folder that can, or "
+            "leave weight_cache out."
+        ) from None
+    os.close(handle)
+    os.unlink(name)  # XNNPACK takes an existing file for a finished one
     final = folder / f"{sha256[:16]}-{version('ai-edge-litert')}.xnnpack"
     if final.is_file():
         yield final
         return
-    handle, name = tempfile.mkstemp(prefix=f".{final.name}.", dir=folder)
-    os.close(handle)
-    os.unlink(name)  # XNNPACK takes an existing file for a finished one
     try:
         yield Path(name)
-        os.replace(name, final)
+        if Path(name).is_file():  # on a full disk XNNPACK does without
+            os.replace(name, final)
     finally:
         Path(name).unlink(missing_ok=True)

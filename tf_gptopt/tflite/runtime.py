@@ -308,7 +308,9 @@ def _choose_sampler(
 
 def _choose_threads(threads: int | None) -> int:
     if threads is None:
-        return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+        # what this process may use, where the system tells
+        can_ask = hasattr(os, "sched_getaffinity")
+        return min(len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 1, _MOST_THREADS)
     if not isinstance(threads, int) or threads < 1:
         raise UserError(f"threads must be a positive integer. Received: threads={threads!r}.")
     return threads

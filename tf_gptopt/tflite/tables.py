@@ -52,8 +52,6 @@ class TensorTable(schema.TensorT):
             schema.TensorAddName(builder, name)
         if quantization:
             schema.TensorAddQuantization(builder, quantization)
-        if not self.shape:
-            schema.TensorAddHasRank(builder, True)  # else no shape would mean an unknown one
         return schema.TensorEnd(builder)
 
 

@@ -130,7 +130,7 @@ class TrainingLoop(keras.callbacks.Callback):
         self._timed_from: tuple[int, float] | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._now = self._saved = time.perf_counter()
+        self._begun = self._now = self._saved = time.perf_counter()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if self.state.step == self._window:
@@ -171,7 +171,7 @@ class TrainingLoop(keras.callbacks.Callback):
         if state.step > start:
             rate = (state.step - start) * self.tokens_per_step / (self._now - since)
         else:
-            rate = steps * self.tokens_per_step / max(state.seconds, 1e-9)
+            rate = steps * self.tokens_per_step / (self._now - self._begun)
         state.tokens_per_second = rate
         left = max(0, config.steps - state.step) * self.tokens_per_step / rate
         self.on_progress(Progress(state.step, config.steps, state.loss, rate, left))

@@ -28,7 +28,7 @@ class TrainConfig:
         beta_1: Adam's decay of the mean gradient.
         beta_2: Adam's decay of the mean squared gradient.
         clip_norm: the longest gradient, all weights together; None does not clip.
-        seed: order of the data and of dropout; the same seed gives the same run.
+        seed: order of the data (initial weights and dropout: `keras.utils.set_random_seed`).
         precision: the dtype policy that the model is built under; "auto" takes what the processor
             computes fastest.
         checkpoint_every: seconds between checkpoints; 0 writes one at the end only.
