@@ -1,4 +1,4 @@
-"""Text to token ids and back: the tokenizer that models, datasets and files share. No TensorFlow."""
+"""Text to token ids and back: one tokenizer for models, datasets and files. No TensorFlow."""
 
 from __future__ import annotations
 

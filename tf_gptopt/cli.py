@@ -156,7 +156,10 @@ def _generate(options: _Parser, argv: list[str]) -> int:
     options.add("model", nargs="?", help="a .tflite file or a folder (default: the example model)")
     options.add("prompt", nargs="?", help="the text to complete")
     options.add("--max-new-tokens", type=int, default=100, help="how many tokens to write")
-    options.add("--temperature", type=float, help="0 is greedy; default 1 with --top-k or --top-p")
+    options.add(
+        "--temperature", type=float, default=None,
+        help="0 is greedy; default 1 with --top-k or --top-p, and without them 0.7 with top-k 40",
+    )  # fmt: skip
     options.add("--top-k", type=int, default=None, help="sample among the k likeliest")
     options.add("--top-p", type=float, default=None, help="sample among the likeliest share p")
     options.add("--seed", type=int, default=None, help="makes sampling repeatable")
@@ -171,13 +174,16 @@ def _generate(options: _Parser, argv: list[str]) -> int:
     if prompt is None:
         raise UserError('Give a prompt: tf-gptopt generate [MODEL] "def main("')
     path = Path(model) if model is not None else example_model()
+    temperature, top_k, top_p = given.temperature, given.top_k, given.top_p
+    if temperature is None and top_k is None and top_p is None:
+        temperature, top_k = 0.7, 40  # small models repeat themselves when they are greedy
     pieces = stream_completion(
         path,
         prompt,
         max_new_tokens=given.max_new_tokens,
-        temperature=given.temperature,
-        top_k=given.top_k,
-        top_p=given.top_p,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         seed=given.seed,
         stop=given.stop or None,
         threads=given.threads,

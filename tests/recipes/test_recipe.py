@@ -45,7 +45,7 @@ def test_overrides():
     ("text", "message"),
     [
         ("trian: {}", "Unknown recipe key 'trian'. Did you mean 'train'?"),
-        ("train: {fit: {stepps: 3}}", "Unknown recipe key 'train.fit.stepps'. Did you mean 'train.fit.ste"),
+        ("train: {fit: {stepps: 3}}", "'train.fit.stepps'. Did you mean 'train.fit.steps'"),
         ("train: {fit: {steps: many}}", "train.fit.steps"),
         ("train: {fit: {steps: 0}}", "steps"),
         ("prune: {pruning: {sparsity: 1.5}}", "sparsity"),

@@ -20,7 +20,9 @@ train:
   model: {embedding_dim: 32, num_layers: 2, num_heads: 2, dropout: 0.1}
   fit: {steps: 30, batch_size: 4, checkpoint_every: 0.2}
 distill: {layers: 1, fit: {steps: 12, batch_size: 4, checkpoint_every: 0.2}}
-prune: {pruning: {end_step: 8, frequency: 2}, fit: {steps: 12, batch_size: 4, checkpoint_every: 0.2}}
+prune:
+  pruning: {end_step: 8, frequency: 2}
+  fit: {steps: 12, batch_size: 4, checkpoint_every: 0.2}
 qat: {fit: {steps: 8, batch_size: 4, checkpoint_every: 0.2}}
 evaluate: {tokens: 512, speed_tokens: 10, tolerance: 10.0, prompt: "def "}
 """

@@ -108,17 +108,18 @@ def run_stage(
     Returns its metrics.
     """
     out = Path(out)
-    key = stage_key(out.name, section, inputs, seed)
+    name = function.__name__
+    key = stage_key(name, section, inputs, seed)
     finished = finished_metrics(out, key)
     if finished is not None:
-        console.heading(out.name, f"{title} [dim]· finished before[/]")
+        console.heading(name, f"{title} [dim]· finished before[/]")
         return finished
-    console.heading(out.name, title)
+    console.heading(name, title)
     forget_other_key(out, key)
     began = time.monotonic()
     metrics = function(section, **inputs, out=out, seed=seed, console=console)
     metrics = {
-        "stage": out.name,
+        "stage": name,
         "key": key,
         "version": __version__,
         "section": plain(section),
@@ -175,17 +176,18 @@ def _input_key(value: Any) -> Any:
         return [[item.name, item.reference, _input_key(item.source)] for item in value]
     if isinstance(value, CorpusSection):
         files = corpus_files(list(value.paths) or None)
-        return [value.text_field, *(_stat(path) for path in files)]
+        return [value.text_field, *(_digest(path) for path in files)]
     folder = Path(value)
     if (folder / METRICS).exists():
         return read_json(folder / METRICS)["key"]
     files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-    return [_stat(path) for path in files if path.exists() and path.is_file()]
+    return [_digest(path) for path in files if path.is_file()]
 
 
-def _stat(path: Path) -> list[Any]:
-    status = Path(path).stat()
-    return [str(path), status.st_size, status.st_mtime_ns]
+def _digest(path: Path) -> list[str]:
+    """What a file is to a stage: its kind and its content, not where it lies or how old it is."""
+    with open(path, "rb") as file:
+        return [path.suffix, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 @contextlib.contextmanager
