@@ -12,7 +12,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "recipes").iterdir()
 
 def test_default_recipe_loads():
     recipe = load_recipe()
-    assert recipe.name == "python"
+    assert recipe == Recipe(name="python")  # what a recipe leaves out is the main job's value
     assert recipe.distill.layers < recipe.train.model.num_layers
     assert recipe.prune.pruning.sparsity == 0.5
     assert recipe.export.quantization.scheme == "int8"
@@ -83,3 +83,11 @@ def test_an_override_below_a_value():
 def test_recipe_is_frozen():
     with pytest.raises(AttributeError):
         Recipe().seed = 1
+
+
+def test_a_section_keeps_what_a_recipe_leaves_out(tmp_path):
+    (tmp_path / "x.yaml").write_text("qat: {fit: {steps: 7}}")
+    recipe, default = load_recipe(tmp_path / "x.yaml"), Recipe()
+    assert recipe.qat.fit.steps == 7
+    assert recipe.qat.fit.learning_rate == default.qat.fit.learning_rate == 2e-4
+    assert recipe.train == default.train

@@ -1,8 +1,8 @@
 """A recipe: every number of a run in one small readable file. Needs no TensorFlow.
 
 A recipe has one section per stage, in the order in which they run. Each section is the
-configuration of the stage function of that name in `stages.py`, and each has a default, so a recipe
-says only what differs. `load_recipe("quick.yaml", {"train.fit.steps": 50})` reads one.
+configuration of the stage function of that name, and its defaults are the main job's values, so a
+recipe says only what differs. `load_recipe("quick.yaml", {"train.fit.steps": 50})` reads one.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class TrainSection:
     """
 
     model: ModelSection = ModelSection()
-    fit: TrainConfig = TrainConfig()
+    fit: TrainConfig = TrainConfig(steps=600, learning_rate=2e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ class DistillSection:
 
     layers: int = 2
     soft_labels: DistillConfig = DistillConfig()
-    fit: TrainConfig = TrainConfig()
+    fit: TrainConfig = TrainConfig(steps=300, learning_rate=1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +117,8 @@ class PruneSection:
         fit: its training; it must be long enough to reach the end of the schedule.
     """
 
-    pruning: PruneConfig = PruneConfig()
-    fit: TrainConfig = TrainConfig()
+    pruning: PruneConfig = PruneConfig(end_step=100)
+    fit: TrainConfig = TrainConfig(steps=150, learning_rate=5e-4)
 
     def __post_init__(self) -> None:
         if self.pruning.schedule == "polynomial" and self.pruning.end_step > self.fit.steps:
@@ -138,7 +138,7 @@ class QatSection:
     """
 
     quantization: QuantConfig = QuantConfig()
-    fit: TrainConfig = TrainConfig()
+    fit: TrainConfig = TrainConfig(steps=100, learning_rate=2e-4)
 
 
 @dataclasses.dataclass(frozen=True)
