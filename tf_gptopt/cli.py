@@ -166,7 +166,7 @@ def _generate(options: _Parser, argv: list[str]) -> int:
     options.add("--stop", nargs="*", default=[], help="strings that end the completion")
     options.add("--threads", type=int, default=None, help="processor threads (default: all)")
     given, _ = options.parse(argv)
-    from tf_gptopt.recipes.speak import example_model, stream_completion
+    from tf_gptopt.recipes.speak import SAMPLING, example_model, say, stream_completion
 
     model, prompt = given.model, given.prompt
     if prompt is None:  # one argument: a prompt for the example model
@@ -176,7 +176,7 @@ def _generate(options: _Parser, argv: list[str]) -> int:
     path = Path(model) if model is not None else example_model()
     temperature, top_k, top_p = given.temperature, given.top_k, given.top_p
     if temperature is None and top_k is None and top_p is None:
-        temperature, top_k = 0.7, 40  # small models repeat themselves when they are greedy
+        temperature, top_k = SAMPLING["temperature"], SAMPLING["top_k"]
     pieces = stream_completion(
         path,
         prompt,
@@ -188,12 +188,7 @@ def _generate(options: _Parser, argv: list[str]) -> int:
         stop=given.stop or None,
         threads=given.threads,
     )
-    sys.stdout.write(prompt + next(pieces, ""))  # a mistake shows before anything is printed
-    sys.stdout.flush()
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    say(prompt, pieces)
     return 0
 
 
@@ -287,10 +282,9 @@ def _evaluate(options: _Parser, argv: list[str]) -> int:
     models = [_existing(model) for model in given.models]
     dataset = _existing(given.dataset)
     load_tensorflow()
-    from tf_gptopt._files import write_json, write_text
     from tf_gptopt.data.dataset import TokenDataset
     from tf_gptopt.evaluation.compare import evaluate
-    from tf_gptopt.evaluation.report import markdown, rich_table
+    from tf_gptopt.evaluation.report import rich_table, write_report
     from tf_gptopt.recipes.console import Console
 
     console = Console()
@@ -304,8 +298,7 @@ def _evaluate(options: _Parser, argv: list[str]) -> int:
     console.note(rich_table(report))
     console.note(report.why)
     if given.out:
-        write_json(Path(given.out) / "report.json", report.to_dict())
-        write_text(Path(given.out) / "report.md", markdown(report, "Evaluation"))
+        write_report(report, given.out, "Evaluation")
     return 0
 
 

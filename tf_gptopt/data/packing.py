@@ -229,6 +229,4 @@ def _write(path: Path, arrays: list[np.ndarray]) -> str:
             data = array.tobytes()
             digest.update(data)
             file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     return digest.hexdigest()

@@ -47,14 +47,10 @@ class Quality:
         return float(np.mean(self.top1 == reference.top1))
 
 
-def measure_quality(
-    model: GPTModel | TFLiteGPT,
-    batches: Iterable[Batch],
-    on_progress: Callable[[int], None] | None = None,
-) -> Quality:
+def measure_quality(model: GPTModel | TFLiteGPT, batches: Iterable[Batch]) -> Quality:
     """Score a Keras model or a .tflite file on batches of `(inputs, labels)`, (batch, time) int32.
 
-    The loss is computed from float32 logits. `on_progress` receives the tokens done so far.
+    The loss is computed from float32 logits.
     """
     score = _tflite_score(model) if isinstance(model, TFLiteGPT) else _keras_score(model)
     total, tokens, top1 = 0.0, 0, []
@@ -63,8 +59,6 @@ def measure_quality(
         total += float(np.sum(losses, dtype=np.float64))
         tokens += losses.size
         top1.append(predictions.ravel().astype(np.int32))
-        if on_progress:
-            on_progress(tokens)
     if not tokens:
         raise UserError("There is nothing to evaluate on: the validation split gave no batch.")
     return Quality(total / tokens, tokens, np.concatenate(top1))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from tf_gptopt._files import write_json, write_text
 from tf_gptopt.evaluation.size import Size
 from tf_gptopt.evaluation.speed import Speed
 
@@ -152,6 +155,12 @@ def cells(row: Row) -> list[str]:
         f"{row.speed.decode:,.0f}",
         f"{row.speed.prefill:,.0f}",
     ]
+
+
+def write_report(report: Report, folder: str | os.PathLike, title: str) -> None:
+    """Write report.json and report.md to `folder`, each atomically."""
+    write_json(Path(folder) / "report.json", report.to_dict())
+    write_text(Path(folder) / "report.md", markdown(report, title))
 
 
 def human_bytes(count: int) -> str:

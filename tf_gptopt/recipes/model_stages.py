@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tf_gptopt._errors import UserError
-from tf_gptopt._files import write_json, write_text
+from tf_gptopt._files import write_json
 from tf_gptopt._keras import keras
 from tf_gptopt.compression.distillation.distiller import Distiller
 from tf_gptopt.compression.pruning import magnitude
@@ -26,7 +26,7 @@ from tf_gptopt.data.dataset import TokenDataset
 from tf_gptopt.data.tokenizer import Tokenizer
 from tf_gptopt.evaluation.compare import Candidate
 from tf_gptopt.evaluation.compare import evaluate as measure
-from tf_gptopt.evaluation.report import human_bytes, markdown
+from tf_gptopt.evaluation.report import human_bytes, write_report
 from tf_gptopt.models.checkpoints import load_checkpoint, save_model
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.recipes.console import Console
@@ -153,8 +153,7 @@ def evaluate(
         tolerance=section.tolerance,
         on_progress=console.note,
     )
-    write_json(out / "report.json", report.to_dict())
-    write_text(out / "report.md", markdown(report, "From text to a file, stage by stage"))
+    write_report(report, out, "From text to a file, stage by stage")
     return report.to_dict()
 
 

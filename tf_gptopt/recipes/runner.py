@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,9 +24,10 @@ from tf_gptopt._version import __version__
 from tf_gptopt.data.corpus import corpus_files
 from tf_gptopt.recipes.console import Console, clock
 from tf_gptopt.recipes.recipe import CorpusSection, Recipe, plain
-from tf_gptopt.recipes.speak import stream_completion
+from tf_gptopt.recipes.speak import SAMPLING, say, stream_completion
 
 METRICS = "metrics.json"
+KEY = "key.json"
 Metrics = dict[str, Any]
 
 
@@ -153,7 +153,7 @@ def forget_other_key(out: Path, key: str) -> None:
     """Before a stage starts: what an earlier recipe left in its folder must not look finished,
     nor must its checkpoints be taken up."""
     out.mkdir(parents=True, exist_ok=True)
-    mark = out / "key.json"
+    mark = out / KEY
     if not mark.exists() or read_json(mark) != key:
         (out / METRICS).unlink(missing_ok=True)
         remove_checkpoints(out)
@@ -178,7 +178,7 @@ def _input_key(value: Any) -> Any:
         files = corpus_files(list(value.paths) or None)
         return [value.text_field, *(_digest(path) for path in files)]
     folder = Path(value)
-    if (folder / METRICS).exists():
+    if (folder / METRICS).exists() and (folder / KEY).exists():  # a stage's, and finished
         return read_json(folder / METRICS)["key"]
     files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
     return [_digest(path) for path in files if path.is_file()]
@@ -208,10 +208,6 @@ def show_completion(path: Path, recipe: Recipe, console: Console, tokens: int = 
     """Let the finished file speak, token by token."""
     prompt = recipe.evaluate.prompt
     console.heading("generate", f"{path} completes {prompt!r}:")
-    sys.stdout.write(prompt)
-    for piece in stream_completion(
-        path, prompt, max_new_tokens=tokens, temperature=0.7, top_k=40, seed=recipe.seed
-    ):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    say(
+        prompt, stream_completion(path, prompt, max_new_tokens=tokens, seed=recipe.seed, **SAMPLING)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from tf_gptopt._startup import load_tensorflow
 from tf_gptopt.models.sampling import make_sampler
 
 EXAMPLE = Path("saved_models") / "example"
+# Small models repeat themselves when they are greedy
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_k": 40}
 
 
 def stream_completion(
@@ -67,6 +70,16 @@ def stream_completion(
         tf.config.threading.set_intra_op_parallelism_threads(threads)
     model = checkpoints.load_checkpoint(path)
     yield from generation.stream(model, prompt, max_new_tokens, **options)
+
+
+def say(prompt: str, pieces: Iterator[str]) -> None:
+    """Print a prompt and what follows it, as it comes."""
+    sys.stdout.write(prompt + next(pieces, ""))  # a mistake shows before anything is printed
+    sys.stdout.flush()
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
 
 
 def example_model() -> Path:

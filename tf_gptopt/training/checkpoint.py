@@ -20,7 +20,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_gptopt._errors import UserError
-from tf_gptopt._files import read_json, write_json
+from tf_gptopt._files import read_json, sync, write_json
 
 _KEEP = 2
 _RUN_FILE = "run.json"
@@ -101,12 +101,12 @@ class Checkpoints:
             if not chief:
                 return  # each worker takes part in the reading, one writes
             for path in [*temporary.iterdir(), temporary]:
-                _sync(path)
+                sync(path)  # TensorFlow leaves its files to the page cache
             final = self._path(step)
             shutil.rmtree(final, ignore_errors=True)
             temporary.chmod(0o755)
             os.replace(temporary, final)
-            _sync(self.folder)
+            sync(self.folder)
         except (OSError, tf.errors.OpError) as error:
             raise UserError(
                 f"The checkpoint of step {step} could not be written to {self.folder} "
@@ -147,12 +147,3 @@ def _is_whole(prefix: str) -> bool:
     except Exception:  # TensorFlow dresses one damage as OpError, IndexError, ValueError, ...
         return False
     return True
-
-
-def _sync(path: Path) -> None:
-    """TensorFlow leaves its files to the page cache; a power cut would take them."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
