@@ -101,14 +101,15 @@ def cross_entropy(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, Call
     probabilities = tf.nn.softmax(tf.cast(logits, tf.float32))
 
     def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, None]:
-        slope = _cross_entropy_gradient(probabilities, labels, upstream)
+        slope = cross_entropy_gradient(probabilities, labels, upstream)
         return tf.cast(slope, logits.dtype), None
 
-    return _cross_entropy(logits, probabilities, labels), gradient
+    return cross_entropy_of(logits, probabilities, labels), gradient
 
 
 @xla
-def _cross_entropy(logits: tf.Tensor, probabilities: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+def cross_entropy_of(logits: tf.Tensor, probabilities: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """`(rows,)`: the loss of each row, given the softmax of its logits."""
     # log sum exp from the largest class alone: its probability is at least 1/vocab, never 0
     logits = tf.cast(logits, tf.float32)
     normalizer = tf.reduce_max(logits, -1) - tf.math.log(tf.reduce_max(probabilities, -1))
@@ -119,9 +120,10 @@ def _cross_entropy(logits: tf.Tensor, probabilities: tf.Tensor, labels: tf.Tenso
 
 
 @xla
-def _cross_entropy_gradient(
+def cross_entropy_gradient(
     probabilities: tf.Tensor, labels: tf.Tensor, upstream: tf.Tensor
 ) -> tf.Tensor:
+    """`(rows, vocab)`: the loss's gradient to the logits."""
     one_hot = tf.one_hot(labels, probabilities.shape[-1])
     return (probabilities - one_hot) * upstream[:, None]
 

@@ -15,12 +15,14 @@ from tf_gptopt.models.layers import (
     CausalSelfAttention,
     Gelu,
     LayerNorm,
+    LogitsDense,
     PositionEmbedding,
     TokenEmbedding,
     TokenLogits,
     make_dropout,
     register,
 )
+from tf_gptopt.models.recompute import recomputing
 
 
 @register
@@ -37,6 +39,12 @@ class GPTModel(keras.Model):
     ```
 
     Input `token_ids` `(batch, time)` int32, output logits `(batch, time, vocab_size)` float32.
+
+    Attributes:
+        config: its `GPTConfig`.
+        tokenizer: the `Tokenizer` that belongs to it, or None.
+        sampler: what `generate` uses by default.
+        recompute: see there.
 
     Args: as `GPTConfig`, field by field; `graph` is `(inputs, outputs)` of an existing Functional
         model of this shape (transforms that wrap layers use it).
@@ -75,9 +83,13 @@ class GPTModel(keras.Model):
         )
         inputs, outputs = graph or build_graph(config)
         super().__init__(inputs, outputs, name=name)
+        inner = self.base_layer("block_0_qkv")
+        # its layers' policy, whatever is global now: `compile` scales the loss under mixed_float16
+        self._set_dtype_policy(getattr(inner, "layer", inner).dtype_policy)
         self.config = config
         self.tokenizer = None
         self.sampler = "greedy"
+        self._recompute = False
         self._has_own_graph = graph is None
 
     # Construction
@@ -112,6 +124,30 @@ class GPTModel(keras.Model):
         save_model(self, folder)
 
     # Keras
+
+    @property
+    def recompute(self) -> bool:
+        """Whether training keeps only the input of every block and computes the rest again for the
+        gradient: less memory for about a third more time. Set it before `fit`.
+
+        Raises:
+            UserError: when set on a model with dropout, which would draw other masks.
+        """
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        if value and self.config.dropout:
+            raise UserError(
+                "A block that is computed again would draw other dropout masks. Received: "
+                f"recompute with dropout={self.config.dropout}. Build the model with dropout=0."
+            )
+        self._recompute = bool(value)
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        if self.recompute and training is True:
+            return recomputing(self)(inputs)
+        return super().call(inputs, training=training, mask=mask)
 
     def compile(self, *args: Any, sampler: Any = None, **kwargs: Any) -> None:
         """`keras.Model.compile`, with the sampler that `generate` uses by default."""
@@ -219,7 +255,7 @@ def build_graph(config: GPTConfig) -> tuple[Any, Any]:
         logits = TokenLogits(name="token_logits")([x, table])
     else:
         init = keras.initializers.RandomNormal(stddev=0.02)
-        head = layers.Dense(
+        head = LogitsDense(
             config.vocab_size,
             use_bias=False,
             kernel_initializer=init,

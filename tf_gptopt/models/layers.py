@@ -14,6 +14,8 @@ import tensorflow as tf
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
 from tf_gptopt.models import fused
+from tf_gptopt.models.attention import blockwise_attention
+from tf_gptopt.models.linear_cross_entropy import Head
 
 register = keras.utils.register_keras_serializable(package="tf_gptopt")
 
@@ -109,7 +111,7 @@ class CausalSelfAttention(keras.layers.Layer):
 
     def split_heads(self, qkv: tf.Tensor) -> list[tf.Tensor]:
         """q, k and v, each `(batch, num_heads, time, head_dim)`."""
-        batch, time = tf.shape(qkv)[0], tf.shape(qkv)[1]
+        batch, time = tf.shape(qkv)[0], qkv.shape[1] or tf.shape(qkv)[1]
         head_dim = qkv.shape[-1] // (3 * self.num_heads)
         parts = tf.reshape(qkv, [batch, time, 3, self.num_heads, head_dim])
         # one transposition, then views: slicing first costs 15% of a training step
@@ -122,8 +124,11 @@ class CausalSelfAttention(keras.layers.Layer):
 
     def call(self, qkv: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         q, k, v = self.split_heads(qkv)
+        q *= q.shape[-1] ** -0.5
+        if training is True and qkv.shape[1] and self.weights_dropout is None:
+            return self.merge_heads(blockwise_attention(q, k, v))
         time = tf.shape(q)[2]
-        scores = tf.matmul(q * (q.shape[-1] ** -0.5), k, transpose_b=True)
+        scores = tf.matmul(q, k, transpose_b=True)
         future = 1.0 - tf.linalg.band_part(tf.ones([time, time]), -1, 0)
         scores += tf.cast(future * mask_value(scores.dtype), scores.dtype)
         weights = tf.nn.softmax(scores)
@@ -156,14 +161,41 @@ class LayerNorm(keras.layers.LayerNormalization):
 @register
 class TokenLogits(keras.layers.Layer):
     """Logits from the shared token table: `[(batch, time, width), (vocab_size, width)]` in,
-    `(batch, time, vocab_size)` float32 out, under every dtype policy."""
+    `(batch, time, vocab_size)` float32 out, under every dtype policy.
 
-    def call(self, inputs: list[tf.Tensor]) -> tf.Tensor:
+    The output carries what it was made of as its attribute `head` (`linear_cross_entropy.Head`), as
+    Keras's softmax carries its logits. A loss that starts from there leaves the logits unused, and
+    an operation whose result nobody uses is not run.
+    """
+
+    def call(self, inputs: list[tf.Tensor], training: bool | None = None) -> tf.Tensor:
         x, table = inputs
         rows = tf.reshape(x, [-1, x.shape[-1]])  # one plain matmul, not a batched one
         logits = _rows_times_table(rows, table)
-        logits = tf.reshape(logits, [tf.shape(x)[0], tf.shape(x)[1], table.shape[0]])
-        return tf.cast(logits, tf.float32)
+        time = x.shape[1] or tf.shape(x)[1]
+        logits = tf.reshape(logits, [tf.shape(x)[0], time, table.shape[0]])
+        return with_head(tf.cast(logits, tf.float32), x, table, training)
+
+
+@register
+class LogitsDense(keras.layers.Dense):
+    """A head with a table of its own, which like `TokenLogits` tells what its output is made of."""
+
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        logits = super().call(inputs)
+        if tf.executing_eagerly() or self.use_bias or self.activation != keras.activations.linear:
+            return logits
+        table = tf.transpose(tf.convert_to_tensor(self.kernel))
+        return with_head(logits, tf.cast(inputs, table.dtype), table, training)
+
+
+def with_head(
+    logits: tf.Tensor, rows: tf.Tensor, table: tf.Tensor, training: bool | None
+) -> tf.Tensor:
+    """`logits`, knowing what they were made of; in a graph, where unused logits cost nothing."""
+    if not tf.executing_eagerly():
+        logits.head = Head(rows, table, training is True)
+    return logits
 
 
 @tf.custom_gradient

@@ -9,6 +9,7 @@ import tensorflow as tf
 from tf_gptopt._keras import keras
 from tf_gptopt.models.fused import cross_entropy
 from tf_gptopt.models.layers import register
+from tf_gptopt.models.linear_cross_entropy import linear_cross_entropy
 
 
 @register
@@ -28,6 +29,10 @@ class NextTokenLoss(keras.losses.Loss):
     `tf.distribute` strategy the number is that of all replicas, so N devices give the loss and the
     gradients of one with the same global batch, however the padding is spread. A label that is no
     token makes the loss NaN.
+
+    In a compiled model whose last layer is ours the logits are never held whole: the loss starts
+    from the last hidden states, a chunk of rows at a time (`linear_cross_entropy`), and the logits
+    themselves are not computed, unless a metric asks for them.
 
     Args:
         ignore_label: tokens with this label do not count.
@@ -49,18 +54,21 @@ class NextTokenLoss(keras.losses.Loss):
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
         y_true, y_pred = tf.convert_to_tensor(y_true), tf.convert_to_tensor(y_pred)
-        losses = self.call(y_true, y_pred)
+        counted = tf.cast(y_true != self.ignore_label, tf.float32)
+        weights = counted
         if sample_weight is not None:
-            weights = tf.cast(sample_weight, losses.dtype)
-            if weights.shape.rank == 1:
-                weights = weights[:, None]  # one weight a sequence
-            losses *= weights
+            weight = tf.cast(sample_weight, tf.float32)
+            weights *= weight[:, None] if weight.shape.rank == 1 else weight  # one a sequence
         if self.reduction == keras.losses.Reduction.NONE:
-            return losses
-        total = tf.reduce_sum(losses)
+            return self.call(y_true, y_pred) * weights
+        head = getattr(y_pred, "head", None)
+        if head is not None and y_true.shape.rank == 2:
+            total = linear_cross_entropy(head, tf.cast(y_true, tf.int32), weights)
+        else:
+            total = tf.reduce_sum(self.call(y_true, y_pred) * weights)
         if self.reduction == keras.losses.Reduction.SUM:
             return total
-        tokens = tf.reduce_sum(tf.cast(y_true != self.ignore_label, losses.dtype))
+        tokens = tf.reduce_sum(counted)
         replica = tf.distribute.get_replica_context()
         if replica is not None and replica.num_replicas_in_sync > 1:
             # Keras divides the loss by the number of replicas, so an average belongs here

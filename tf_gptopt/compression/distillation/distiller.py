@@ -79,6 +79,9 @@ class Distiller(keras.Model):
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None
     ) -> tf.Tensor:
         """The weighted sum of both losses; Keras' train and test steps do the rest."""
+        y_pred = tf.identity(
+            y_pred
+        )  # without its head: the logits are there, the loss may use them
         hard = super().compute_loss(x, y, y_pred, sample_weight)
         if self.alpha == 0:
             return hard
