@@ -37,6 +37,11 @@ TENSORFLOW_FREE = [
     "models/config.py",
     "models/sampling.py",
     "tflite/runtime.py",
+    "training/cluster.py",
+    "training/launch.py",
+    "training/memory.py",
+    "training/plan.py",
+    "training/plan_table.py",
 ]
 
 

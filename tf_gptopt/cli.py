@@ -2,7 +2,8 @@
 
 Nothing heavy is imported before its subcommand runs, so every `--help` answers at once.
 Exit codes: 0 done, 1 a defect of ours (with its traceback), 2 a mistake in what was asked (one
-line that says the remedy), 130 interrupted.
+line that says the remedy), 130 interrupted, 143 terminated; `launch` has the one of its worker that
+failed first.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ COMMANDS = {
     "qat": "quantization-aware training",
     "export": "write an int8 .tflite file with a KV cache",
     "evaluate": "compare models and files: quality, size, speed",
+    "plan": "what fits into the memory of which devices, and why",
+    "launch": "run a command on several processes of this machine, as a cluster",
 }
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -41,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        from tf_gptopt.training.cluster import leads
+
+        if leads():
+            print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -299,6 +305,70 @@ def _evaluate(options: _Parser, argv: list[str]) -> int:
     console.note(report.why)
     if given.out:
         write_report(report, given.out, "Evaluation")
+    return 0
+
+
+def _launch(options: _Parser, argv: list[str]) -> int:
+    at = argv.index("--") if "--" in argv else len(argv)
+    own, command = argv[:at], argv[at + 1 :]
+    options.add("--workers", type=int, default=2, help="how many processes (default: 2)")
+    options.add(
+        "--threads", type=int, default=None,
+        help="processor threads of each (default: the cores, divided)",
+    )  # fmt: skip
+    options.parser.epilog = "After `--`, any command: tf-gptopt launch --workers 2 -- train ..."
+    given, _ = options.parse(own)
+    if not command or command[0] not in COMMANDS or command[0] == "launch":
+        known = [name for name in COMMANDS if name != "launch"]
+        advice = suggest(command[0], known) if command else ""
+        raise UserError(
+            "Give the command for the workers after `--`: tf-gptopt launch --workers 2 -- train "
+            f"--dataset data --out model.{advice}"
+        )
+    from tf_gptopt.training.launch import launch
+
+    return launch(command, given.workers, given.threads)
+
+
+def _plan(options: _Parser, argv: list[str]) -> int:
+    from tf_gptopt.models.config import PRESETS, preset
+    from tf_gptopt.training.memory import Step, parse_bytes
+    from tf_gptopt.training.plan import folder_shape, plan
+
+    options.add("--preset", default=None, help=f"a named shape: {', '.join(PRESETS)}")
+    options.add("--model", default=None, help=MODEL)
+    options.add("--devices", type=int, default=1, help="how many GPUs, TPU cores or hosts")
+    options.add("--memory", required=True, help="of one device, as 16GB or 80GiB")
+    options.add("--batch-size", type=int, default=8, help="sequences an update, all devices")
+    options.add("--sequence-length", type=int, default=None, help="default: the model's context")
+    options.add("--precision", default="float32", help="or mixed_bfloat16, mixed_float16")
+    options.add("--recompute", action="store_true", help="recompute activations")
+    options.add("--accumulate", type=int, default=1, help="microbatches an update")
+    options.add("--json", action="store_true", help="print JSON instead of a table")
+    given, _ = options.parse(argv)
+    if (given.preset is None) == (given.model is None):
+        raise UserError("Name one model: --preset gpt2, or --model FOLDER.")
+    shape = preset(given.preset) if given.preset else folder_shape(_existing(given.model))
+    step = Step(
+        given.batch_size,
+        given.sequence_length or shape.max_sequence_length,
+        given.precision,
+        given.recompute,
+        given.accumulate,
+    )
+    found = plan(shape, step, given.devices, parse_bytes(given.memory))
+    if given.json:
+        import json
+
+        print(json.dumps(found.to_dict(), indent=2))
+        return 0
+    from tf_gptopt.recipes.console import Console
+    from tf_gptopt.training.plan_table import explain, rich_table
+
+    console = Console()
+    console.note(rich_table(found))
+    for line in explain(found):
+        console.note(line)
     return 0
 
 

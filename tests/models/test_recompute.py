@@ -14,18 +14,18 @@ from tf_gptopt.training.loss import NextTokenLoss
 
 ids = np.random.default_rng(0).integers(0, 61, (16, 17))
 
-def train(recompute, strategy, wrap):
+def train(recompute, strategy, wrap, tied):
     keras.utils.set_random_seed(0)
     with strategy.scope():
-        model = wrap(GPTModel(61, 24, 3, 3, max_sequence_length=16))
+        model = wrap(GPTModel(61, 24, 3, 3, max_sequence_length=16, tie_embeddings=tied))
         model.recompute = recompute
         model.compile(keras.optimizers.AdamW(1e-2), NextTokenLoss())
     model.fit(ids[:, :-1], ids[:, 1:], batch_size=8, epochs=2, shuffle=False, verbose=0)
     return model.get_weights()
 
 two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-for strategy, wrap in [(tf.distribute.get_strategy(), quantize_aware), (two, prune)]:
-    plain, again = (train(recompute, strategy, wrap) for recompute in (False, True))
+for case in [(tf.distribute.get_strategy(), quantize_aware, True), (two, prune, False)]:
+    plain, again = (train(recompute, *case) for recompute in (False, True))
     for a, b in zip(plain, again):
         np.testing.assert_array_equal(a, b)
 print("same")

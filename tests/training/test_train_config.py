@@ -144,3 +144,14 @@ def test_an_unknown_precision_is_named():
 
 def test_cpu_flags_are_read():
     assert isinstance(precision.cpu_flags(), set)
+
+
+def test_recompute_reaches_the_student_and_refuses_a_mesh(tiny_model):
+    from tf_gptopt.compression.distillation.distiller import Distiller
+    from tf_gptopt.training import trainer
+
+    student = tiny_model()
+    trainer._recompute(Distiller(student=student, teacher=tiny_model()))
+    assert student.recompute
+    with pytest.raises(UserError, match="pipeline instead"):
+        TrainConfig(mesh="batch=1,model=2", recompute=True)

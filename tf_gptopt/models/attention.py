@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from tf_gptopt.models.fused import xla
 
-BLOCK = 256  # queries; smaller products run slower on a CPU than the scores they leave out
+BLOCK = 128  # queries; smaller products run slower on a CPU than the scores they leave out
 
 
 @tf.custom_gradient

@@ -90,6 +90,8 @@ class GPTModel(keras.Model):
         self.tokenizer = None
         self.sampler = "greedy"
         self._recompute = False
+        # metrics are sums over replicas already; Keras would add those of several workers up again
+        self.distribute_reduction_method = "first"
         self._has_own_graph = graph is None
 
     # Construction

@@ -27,13 +27,14 @@ def recomputing(model: Any) -> Callable[[tf.Tensor], tf.Tensor]:
         end = model.base_layer(f"block_{i}_mlp_add").output
         blocks.append(keras.Model(x, end, name=f"recomputed_{i}"))
         x = end
-    last = keras.Model([x, table], model.outputs)
+    tied = model.config.tie_embeddings
+    last = keras.Model([x, table] if tied else x, model.outputs)
 
     def forward(token_ids: tf.Tensor) -> tf.Tensor:
         x, table = first(token_ids, training=True)
         for block in blocks:
             x = _recomputed(block)(x)
-        return last([x, table], training=True)
+        return last([x, table] if tied else x, training=True)
 
     return forward
 

@@ -20,6 +20,8 @@ class StepReport(Protocol):
     loss: float
     tokens_per_second: float
     seconds_left: float
+    mfu: float | None
+    peak: str
 
 
 class Console:
@@ -53,10 +55,13 @@ class Console:
 
     def step(self, report: StepReport) -> None:
         """A training step was done; `on_progress` of the trainer."""
+        mfu = "" if report.mfu is None else f"MFU {report.mfu:.0%}  "
         text = (
             f"step {report.step:,}/{report.steps:,}  loss {report.loss:.4f}  "
-            f"{report.tokens_per_second:,.0f} tokens/s  {clock(report.seconds_left)} left"
+            f"{report.tokens_per_second:,.0f} tokens/s  {mfu}{clock(report.seconds_left)} left"
         )
+        if mfu:
+            self.note_once(f"MFU 100% is {report.peak}")
         if not self.rich.is_terminal:
             now = time.monotonic()
             if report.step >= report.steps or now - self._last_line >= SECONDS_BETWEEN_LINES:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._files import write_json
@@ -40,9 +43,11 @@ from tf_gptopt.recipes.recipe import (
 )
 from tf_gptopt.tflite.convert import export_tflite
 from tf_gptopt.training import trainer
+from tf_gptopt.training.cluster import leads
 from tf_gptopt.training.config import TrainConfig
-from tf_gptopt.training.precision import choose_precision
-from tf_gptopt.training.strategy import choose_strategy
+from tf_gptopt.training.parallel.mesh import Mesh
+from tf_gptopt.training.precision import use_precision
+from tf_gptopt.training.strategy import applicable, choose_strategy
 
 Metrics = dict[str, Any]
 
@@ -124,7 +129,7 @@ def export(
     section: ExportSection, model_folder: Path, out: Path, seed: int, console: Console
 ) -> Metrics:
     """Write model.tflite, with its tokenizer beside it."""
-    keras.mixed_precision.set_global_policy("float32")
+    use_precision("float32")
     model = load_checkpoint(model_folder)
     info = export_tflite(
         model, out / "model.tflite", section.quantization, tokenizer=model.tokenizer
@@ -143,7 +148,7 @@ def evaluate(
     console: Console,
 ) -> Metrics:
     """Measure all candidates on the held-out split; writes report.json and report.md."""
-    keras.mixed_precision.set_global_policy("float32")
+    use_precision("float32")
     report = measure(
         candidates,
         TokenDataset.load(dataset_folder),
@@ -169,13 +174,29 @@ def _strategy() -> tuple[Any, str]:
 @contextlib.contextmanager
 def _devices(config: TrainConfig, seed: int, console: Console) -> Iterator[None]:
     """The scope to build a model in: devices and dtype policy chosen, random numbers seeded."""
-    strategy, devices = _strategy()
-    policy, why = choose_precision(config.precision)
-    console.note_once(f"{devices}; {policy}: {why}")
-    keras.mixed_precision.set_global_policy(policy)
+    scope, devices = _scope(config)
+    precision, why = use_precision(config.precision)
+    console.note_once(f"{devices}; {precision}: {why}")
     keras.utils.set_random_seed(seed)
-    with strategy.scope():
+    with scope:
         yield
+
+
+def _scope(config: TrainConfig) -> tuple[Any, str]:
+    """Where to build a model, and why there."""
+    if config.mesh is None and config.pipeline is None:
+        strategy, why = _strategy()
+        return strategy.scope(), why
+    if applicable(os.environ) == "multi_worker":
+        raise UserError(
+            "A mesh or a pipeline is made of the devices of one process, and this one is a worker "
+            "of a cluster. Leave it out, or start the command alone."
+        )
+    mesh = Mesh.parse(config.mesh) if config.mesh else Mesh(model=config.pipeline)
+    mesh.devices()  # first of all: a CPU is divided before TensorFlow computes, or not at all
+    # `fit` divides the model, so it is built in the memory of the host
+    what = f"a mesh of {mesh.size} devices, {mesh}"
+    return tf.device("CPU:0"), what if config.mesh else f"a pipeline of {mesh.size} devices"
 
 
 def _matching_dataset(model: GPTModel, folder: Path) -> TokenDataset:
@@ -219,6 +240,7 @@ def _fit(
 
 
 def _save(model: GPTModel, out: Path) -> Metrics:
-    save_model(model, out)
+    if leads():
+        save_model(model, out)
     parameters, nonzero = magnitude.count_parameters(model)
     return {"parameters": parameters, "nonzero": nonzero}

@@ -3,6 +3,10 @@
 A stage is finished when its folder holds a metrics.json, written last and atomically. The file
 carries the stage's key: a hash of its section, its seed and the keys of its inputs. A changed
 recipe, corpus or earlier stage changes the key, and then the stage and those after it run again.
+
+In a cluster every worker runs the same command. The chief holds the lock, decides which stage is
+finished, writes, and tells the others; they take part in the stages that train and wait out the
+rest in silence.
 """
 
 from __future__ import annotations
@@ -25,9 +29,12 @@ from tf_gptopt.data.corpus import corpus_files
 from tf_gptopt.recipes.console import Console, clock
 from tf_gptopt.recipes.recipe import CorpusSection, Recipe, plain
 from tf_gptopt.recipes.speak import SAMPLING, say, stream_completion
+from tf_gptopt.training.cluster import Alone, find_cluster, leads
+from tf_gptopt.training.config import ON_THE_WAY
 
 METRICS = "metrics.json"
 KEY = "key.json"
+TRAINING = ("train", "distill", "prune", "qat")  # the stages that all workers do together
 Metrics = dict[str, Any]
 
 
@@ -42,11 +49,12 @@ def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) 
 
     Returns the `Report`, which is also in `out`/report.json and report.md.
     """
-    console = console or Console()
+    console = console or Console(quiet=not leads())
     out = Path(out)
     began = time.monotonic()
     with locked(out):
-        write_json(out / "recipe.json", recipe.to_dict())
+        if leads():
+            write_json(out / "recipe.json", recipe.to_dict())
         corpus, seed = recipe.corpus, recipe.seed
         text = {"corpus": corpus}
         tokens = {"dataset_folder": out / "dataset"}
@@ -75,6 +83,8 @@ def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) 
         ]
 
         stage("evaluate", {"candidates": candidates, **tokens}, "on the same held-out text")
+        if not leads():
+            return Report.from_dict(read_json(out / "evaluate" / "report.json"))
         for name in ("report.json", "report.md"):
             write_bytes(out / name, (out / "evaluate" / name).read_bytes())
         report = Report.from_dict(read_json(out / "report.json"))
@@ -109,11 +119,18 @@ def run_stage(
     """
     out = Path(out)
     name = function.__name__
+    workers = this_team()
+    if not workers.is_chief:
+        console = Console(quiet=True)
+        if workers.share(None) is None and name in TRAINING:  # not finished before
+            function(section, **inputs, out=out, seed=seed, console=console)
+        return workers.share(None)
     key = stage_key(name, section, inputs, seed)
     finished = finished_metrics(out, key)
+    workers.share(finished)
     if finished is not None:
         console.heading(name, f"{title} [dim]· finished before[/]")
-        return finished
+        return workers.share(finished)
     console.heading(name, title)
     forget_other_key(out, key)
     began = time.monotonic()
@@ -128,7 +145,19 @@ def run_stage(
     }
     write_json(out / METRICS, metrics)
     remove_checkpoints(out)
-    return metrics
+    return workers.share(metrics)
+
+
+def this_team() -> Alone:
+    """The workers of this run, joined; one process on its own needs no TensorFlow for that."""
+    cluster = find_cluster()
+    if cluster is None or len(cluster.workers) == 1:
+        return Alone()
+    load_tensorflow()
+    from tf_gptopt.training.strategy import choose_strategy
+    from tf_gptopt.training.workers import workers_of
+
+    return workers_of(choose_strategy("auto")[0])
 
 
 def find_stage(name: str) -> Callable[..., Metrics]:
@@ -167,7 +196,10 @@ def remove_checkpoints(out: Path) -> None:
 
 def stage_key(name: str, section: Any, inputs: Mapping[str, Any], seed: int) -> str:
     """A hash of everything that the stage's result depends on."""
-    parts = [name, plain(section), seed, {k: _input_key(v) for k, v in sorted(inputs.items())}]
+    values = plain(section)
+    for field in ON_THE_WAY if name in TRAINING else ():
+        del values["fit"][field]
+    parts = [name, values, seed, {k: _input_key(v) for k, v in sorted(inputs.items())}]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -192,7 +224,11 @@ def _digest(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the run's folder alone; the lock goes with the process, however it ends."""
+    """Hold the run's folder alone; the lock goes with the process, however it ends. In a cluster
+    the chief holds it for all."""
+    if not leads():
+        yield
+        return
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:
         try:

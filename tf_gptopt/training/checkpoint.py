@@ -5,6 +5,9 @@ variables of the model (pruning masks and steps, quantization ranges, the random
 the optimizer's moments and iterations, and the `RunState`. It is written under another name, synced
 to the disk and renamed. The newest two stay; the older one serves when the newest turns out to be
 damaged, which the checksums in the files tell.
+
+In a cluster the chief writes, and chooses the checkpoint that all workers take up: one of them
+might see a folder that another does not see yet, or a damage that another is spared.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._files import read_json, sync, write_json
+from tf_gptopt.training.cluster import Alone
 
 _KEEP = 2
 _RUN_FILE = "run.json"
@@ -30,18 +34,28 @@ class Checkpoints:
     """The checkpoints of one run in one folder.
 
     Args:
-        folder: made if it is absent.
+        folder: made if it is absent; in a cluster, the same one on all workers.
         run: what must be the same for a run to go on from here, as plain values for JSON.
+        workers: that restore and save together; each of them has to call both.
         parts: the trackable objects to save, by name.
 
     Raises:
         UserError: when the folder cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike, run: dict[str, Any], **parts: Any) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        run: dict[str, Any],
+        workers: Alone | None = None,
+        **parts: Any,
+    ) -> None:
         self.folder = Path(folder)
         self._run = run
+        self._workers = workers or Alone()
         self._checkpoint = tf.train.Checkpoint(**parts)
+        if not self._workers.is_chief:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -63,30 +77,18 @@ class Checkpoints:
         Raises:
             UserError: when the checkpoints are of another run, or all of them are damaged.
         """
-        steps = self.steps()
-        if not steps:
-            write_json(self.folder / _RUN_FILE, self._run)
-            return None
-        self._check_run()
-        for step in reversed(steps):
-            prefix = str(self._path(step) / "checkpoint")
-            if not _is_whole(prefix):
-                with contextlib.suppress(OSError):  # out of the way of the next one
-                    os.replace(self._path(step), self.folder / f"damaged-{step:08d}")
-                continue
+        problem, step = "", None
+        if self._workers.is_chief:
             try:
-                status = self._checkpoint.read(prefix)
-                status.assert_existing_objects_matched()
-            except (AssertionError, ValueError):
-                raise UserError(
-                    f"The checkpoint {self._path(step)} belongs to another model or optimizer. "
-                    "Build the model as it was, or delete the folder to start over."
-                ) from None
-            return step
-        raise UserError(
-            f"The checkpoints in {self.folder} are damaged. Restore the folder from a copy, or "
-            "delete it to start over."
-        )
+                step = self._newest()
+            except UserError as error:
+                problem = str(error)
+        problem, step = self._workers.share((problem, step))
+        if problem:
+            raise UserError(problem)
+        if step is not None:
+            self._read(step)
+        return step
 
     def save(self, step: int) -> None:
         """Write a checkpoint and remove what is older than the newest two.
@@ -94,7 +96,7 @@ class Checkpoints:
         Raises:
             UserError: when it cannot be written; those on disk stay.
         """
-        chief = tf.distribute.get_strategy().extended.should_checkpoint
+        chief = self._workers.is_chief
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder if chief else None))
         try:
             self._checkpoint.write(str(temporary / "checkpoint"))
@@ -122,6 +124,39 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
+
+    def _newest(self) -> int | None:
+        """The step of the newest whole checkpoint of this run; damaged ones step aside."""
+        steps = self.steps()
+        if not steps:
+            write_json(self.folder / _RUN_FILE, self._run)
+            return None
+        self._check_run()
+        for step in reversed(steps):
+            if _is_whole(str(self._path(step) / "checkpoint")):
+                return step
+            with contextlib.suppress(OSError):  # out of the way of the next one
+                os.replace(self._path(step), self.folder / f"damaged-{step:08d}")
+        raise UserError(
+            f"The checkpoints in {self.folder} are damaged. Restore the folder from a copy, or "
+            "delete it to start over."
+        )
+
+    def _read(self, step: int) -> None:
+        try:
+            status = self._checkpoint.read(str(self._path(step) / "checkpoint"))
+            status.assert_existing_objects_matched()
+        except (AssertionError, ValueError):
+            raise UserError(
+                f"The checkpoint {self._path(step)} belongs to another model or optimizer. "
+                "Build the model as it was, or delete the folder to start over."
+            ) from None
+        except tf.errors.OpError as error:
+            raise UserError(
+                f"Worker {self._workers.index} cannot read {self._path(step)}, which worker 0 has "
+                f"found whole ({error.message.splitlines()[0]}). The folder has to lie on a file "
+                "system that all workers see."
+            ) from None
 
     def _check_run(self) -> None:
         before = read_json(self.folder / _RUN_FILE)

@@ -59,6 +59,7 @@ class Distiller(keras.Model):
         policy = getattr(inner, "layer", inner).dtype_policy  # decides on loss scaling
         super().__init__(name=name, dtype=policy)
         self.student = student
+        self.distribute_reduction_method = student.distribute_reduction_method
         self.temperature = config.temperature
         self.alpha = config.alpha
         # in a closure, where Keras does not find it: no weights, no checkpoint entry, no gradient
