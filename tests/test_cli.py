@@ -113,3 +113,23 @@ def test_full_disk(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert_mistake(done, "No space left", "Free some room")
     assert not list((tmp_path / "out").glob("tokenizer.json"))
+
+
+def test_options_of_training_may_be_written_short():
+    from tf_gptopt._options import spelt_out
+    from tf_gptopt.recipes.recipe import ExportSection, TrainSection
+
+    given = (
+        "--dataset D --seed 3 --mesh batch=2,model=2 --batch-size=8 --profile --out O --recompute"
+    )
+    want = (
+        "--data D --seed 3 --fit.mesh batch=2,model=2 --fit.batch_size=8 --fit.profile true "
+        "--out O --fit.recompute true"
+    )
+    assert spelt_out(given.split(), TrainSection) == want.split()
+    assert spelt_out(["--profile", "false", "--tensorboard=true"], TrainSection) == [
+        "--fit.profile",
+        "false",
+        "--fit.tensorboard=true",
+    ]
+    assert spelt_out(["--steps", "3"], ExportSection) == ["--steps", "3"]

@@ -47,9 +47,15 @@ def test_readme_tree_is_real():
         assert path.exists(), line
 
 
-@pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
-def test_readme_snippets_run(number, tmp_path):
-    code = blocks(README, "python")[number]
+SNIPPETS = [
+    pytest.param(code, id=f"{page.stem}-{number}")
+    for page in [README, *sorted((ROOT / "docs").glob("*.md"))]
+    for number, code in enumerate(blocks(page, "python"))
+]
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_snippets_run(code, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=400
     )

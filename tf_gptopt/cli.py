@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tf_gptopt._errors import UserError, suggest
+from tf_gptopt._options import Options, spelt_out
 from tf_gptopt._startup import load_tensorflow
 from tf_gptopt._version import __version__
 
@@ -70,7 +71,7 @@ def _dispatch(argv: list[str]) -> int:
     name, *rest = argv
     if name not in COMMANDS:
         raise UserError(f"Unknown command {name!r}.{suggest(name, COMMANDS)}")
-    return globals()[f"_{name}"](_Parser(name), rest)
+    return globals()[f"_{name}"](Options(name, COMMANDS[name]), rest)
 
 
 def _help() -> str:
@@ -89,49 +90,7 @@ def _fail(message: str) -> int:
     return 2
 
 
-class _Parser:
-    """A command's options; they are declared before anything heavy is imported."""
-
-    def __init__(self, name: str) -> None:
-        from jsonargparse import ArgumentParser
-
-        self.name = name
-        self.parser = ArgumentParser(
-            prog=f"tf-gptopt {name}", description=COMMANDS[name] + ".", exit_on_error=False
-        )
-        self.add = self.parser.add_argument
-
-    def section(self, config: type) -> None:
-        """Every field of a recipe's section becomes an option."""
-        self.parser.add_class_arguments(config, None)
-
-    def parse(self, argv: list[str], section: type | None = None) -> tuple[Any, Any]:
-        """The options, and the section that they fill in (or None)."""
-        from jsonargparse import ArgumentError
-
-        try:
-            options = self.parser.instantiate(self.parser.parse_args(argv))
-        except UserError:
-            raise
-        except (ArgumentError, TypeError, ValueError) as error:
-            raise UserError(self._advice(" ".join(str(error).split()))) from None
-        if section is None:
-            return options, None
-        import dataclasses
-
-        fields = [field.name for field in dataclasses.fields(section)]
-        return options, section(**{name: options[name] for name in fields})
-
-    def _advice(self, message: str) -> str:
-        unknown = [word for word in message.split() if word.startswith("--")]
-        known = [flag for action in self.parser._actions for flag in action.option_strings]
-        if "nrecognized" in message and unknown:
-            flag = unknown[0].partition("=")[0]
-            return f"Unknown option {flag!r} of `{self.name}`.{suggest(flag, known)}"
-        return f"{message.rstrip('.')}. See `tf-gptopt {self.name} --help`."
-
-
-def _run(options: _Parser, argv: list[str]) -> int:
+def _run(options: Options, argv: list[str]) -> int:
     from tf_gptopt.recipes.recipe import load_recipe, packaged_recipes, parse_override
 
     names = ", ".join(packaged_recipes())
@@ -158,7 +117,7 @@ def _run(options: _Parser, argv: list[str]) -> int:
     return 0
 
 
-def _generate(options: _Parser, argv: list[str]) -> int:
+def _generate(options: Options, argv: list[str]) -> int:
     options.add("model", nargs="?", help="a .tflite file or a folder (default: the example model)")
     options.add("prompt", nargs="?", help="the text to complete")
     options.add("--max-new-tokens", type=int, default=100, help="how many tokens to write")
@@ -198,7 +157,7 @@ def _generate(options: _Parser, argv: list[str]) -> int:
     return 0
 
 
-def _stage(options: _Parser, argv: list[str], section: type, inputs: dict[str, str]) -> int:
+def _stage(options: Options, argv: list[str], section: type, inputs: dict[str, str]) -> int:
     """A stage on its own: folders in by name, its section's fields as options, a folder out.
 
     `inputs` maps the stage function's parameters to the help of their option.
@@ -215,7 +174,9 @@ def _stage(options: _Parser, argv: list[str], section: type, inputs: dict[str, s
     options.add("--out", required=True, help="the folder to write")
     options.add("--seed", type=int, default=0, help="fixes everything random")
     options.section(section)
-    given, values = options.parse(argv, section)
+    if hasattr(section, "fit"):
+        options.parser.epilog = "--steps is short for --fit.steps, and so on."
+    given, values = options.parse(spelt_out(argv, section), section)
     found: dict[str, Any] = {name: _existing(given[flag]) for name, flag in flags.items()}
     if takes_corpus:
         found["corpus"] = CorpusSection(tuple(given.data), given.text_field)
@@ -234,51 +195,51 @@ DATASET = "a folder that `tf-gptopt dataset` wrote"
 MODEL = "a folder with a model: any stage's, or a Hugging Face GPT-2 checkpoint"
 
 
-def _tokenizer(options: _Parser, argv: list[str]) -> int:
+def _tokenizer(options: Options, argv: list[str]) -> int:
     from tf_gptopt.recipes.recipe import TokenizerSection
 
     return _stage(options, argv, TokenizerSection, {"corpus": CORPUS})
 
 
-def _dataset(options: _Parser, argv: list[str]) -> int:
+def _dataset(options: Options, argv: list[str]) -> int:
     from tf_gptopt.recipes.recipe import DatasetSection
 
     inputs = {"corpus": CORPUS, "tokenizer_folder": "a folder with tokenizer.json"}
     return _stage(options, argv, DatasetSection, inputs)
 
 
-def _train(options: _Parser, argv: list[str]) -> int:
+def _train(options: Options, argv: list[str]) -> int:
     from tf_gptopt.recipes.recipe import TrainSection
 
     return _stage(options, argv, TrainSection, {"dataset_folder": DATASET})
 
 
-def _distill(options: _Parser, argv: list[str]) -> int:
+def _distill(options: Options, argv: list[str]) -> int:
     from tf_gptopt.recipes.recipe import DistillSection
 
     inputs = {"teacher_folder": MODEL, "dataset_folder": DATASET}
     return _stage(options, argv, DistillSection, inputs)
 
 
-def _prune(options: _Parser, argv: list[str]) -> int:
+def _prune(options: Options, argv: list[str]) -> int:
     from tf_gptopt.recipes.recipe import PruneSection
 
     return _stage(options, argv, PruneSection, {"model_folder": MODEL, "dataset_folder": DATASET})
 
 
-def _qat(options: _Parser, argv: list[str]) -> int:
+def _qat(options: Options, argv: list[str]) -> int:
     from tf_gptopt.recipes.recipe import QatSection
 
     return _stage(options, argv, QatSection, {"model_folder": MODEL, "dataset_folder": DATASET})
 
 
-def _export(options: _Parser, argv: list[str]) -> int:
+def _export(options: Options, argv: list[str]) -> int:
     from tf_gptopt.recipes.recipe import ExportSection
 
     return _stage(options, argv, ExportSection, {"model_folder": MODEL})
 
 
-def _evaluate(options: _Parser, argv: list[str]) -> int:
+def _evaluate(options: Options, argv: list[str]) -> int:
     options.add("models", nargs="+", help="folders and .tflite files; the first is the reference")
     options.add("--dataset", required=True, help=DATASET)
     options.add("--out", default=None, help="a folder for report.json and report.md")
@@ -308,7 +269,7 @@ def _evaluate(options: _Parser, argv: list[str]) -> int:
     return 0
 
 
-def _launch(options: _Parser, argv: list[str]) -> int:
+def _launch(options: Options, argv: list[str]) -> int:
     at = argv.index("--") if "--" in argv else len(argv)
     own, command = argv[:at], argv[at + 1 :]
     options.add("--workers", type=int, default=2, help="how many processes (default: 2)")
@@ -330,7 +291,7 @@ def _launch(options: _Parser, argv: list[str]) -> int:
     return launch(command, given.workers, given.threads)
 
 
-def _plan(options: _Parser, argv: list[str]) -> int:
+def _plan(options: Options, argv: list[str]) -> int:
     from tf_gptopt.models.config import PRESETS, preset
     from tf_gptopt.training.memory import Step, parse_bytes
     from tf_gptopt.training.plan import folder_shape, plan

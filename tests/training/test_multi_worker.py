@@ -39,7 +39,8 @@ from tf_gptopt.recipes.console import Console
 from tf_gptopt.recipes.runner import run_stage
 from tf_gptopt.training.config import TrainConfig
 from tf_gptopt.training.strategy import choose_strategy
-from tf_gptopt.training.trainer import _check_same, fit
+from tf_gptopt.training.checks import check_same
+from tf_gptopt.training.trainer import fit
 from tf_gptopt.training.workers import together, workers_of
 
 folder, kinds, out = sys.argv[1], sys.argv[2].split(","), Path(sys.argv[3])
@@ -123,7 +124,7 @@ told["total"] = workers.total([1, workers.index, 10**12])
 
 # One that was started with something else
 try:
-    _check_same(workers, {"seed": workers.index, "steps": 5})
+    check_same(workers, {"seed": workers.index, "steps": 5})
     told["other"] = ""
 except UserError as error:
     told["other"] = str(error)

@@ -197,8 +197,9 @@ def remove_checkpoints(out: Path) -> None:
 def stage_key(name: str, section: Any, inputs: Mapping[str, Any], seed: int) -> str:
     """A hash of everything that the stage's result depends on."""
     values = plain(section)
-    for field in ON_THE_WAY if name in TRAINING else ():
-        del values["fit"][field]
+    training = values.get("fit", {}) if isinstance(values, dict) else {}
+    for field in ON_THE_WAY:
+        training.pop(field, None)
     parts = [name, values, seed, {k: _input_key(v) for k, v in sorted(inputs.items())}]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
