@@ -114,6 +114,20 @@ def test_the_readme_speeds_are_the_measured_ones():
             assert result["machine"]["command"].startswith("python benchmarks/")
 
 
+def test_the_docs_quote_what_was_measured():
+    text = (ROOT / "docs" / "training.md").read_text("utf-8")
+    for row in results("cluster")["rows"][1:]:
+        sent = f"{row['bytes_per_step_and_worker'] / 1e6:.1f} MB | {row['over_ring']:.3f}"
+        assert f"{row['efficiency']:.2f} | {sent}" in text
+    text = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    for name, peak in results("memory")["peak_mb"].items():
+        assert f"| {name} | {peak:,.0f} MB |" in text
+    text = (ROOT / "docs" / "parallelism.md").read_text("utf-8")
+    for mesh, found in results("parallel")["meshes"].items():
+        weights, moments = (max(found[key].values()) / 1e6 for key in ("weights", "optimizer"))
+        assert f"| {mesh} | {weights:.1f} MB | {moments:.1f} MB |" in text
+
+
 def test_package_data_is_declared():
     listed = (ROOT / "setup.cfg").read_text("utf-8")
     for needed in ("py.typed", "*.pyi", "recipes/*.yaml"):

@@ -64,6 +64,9 @@ class Distiller(keras.Model):
         self.alpha = config.alpha
         # in a closure, where Keras does not find it: no weights, no checkpoint entry, no gradient
         self._get_teacher = lambda: teacher
+        # The compiled loops of training are the faster ones, and the same function without dropout
+        wrapped = any(isinstance(layer, keras.layers.Wrapper) for layer in teacher.layers)
+        self._teach_as_in_training = not (wrapped or teacher.config.dropout or teacher.recompute)
         self._distillation_loss = keras.metrics.Mean(name="distillation_loss")
         self._total_loss = keras.metrics.Mean(name="total_loss")
         self.built = True  # the student is
@@ -80,13 +83,11 @@ class Distiller(keras.Model):
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None
     ) -> tf.Tensor:
         """The weighted sum of both losses; Keras' train and test steps do the rest."""
-        y_pred = tf.identity(
-            y_pred
-        )  # without its head: the logits are there, the loss may use them
+        y_pred = tf.identity(y_pred)  # without its head, so that the loss takes these logits
         hard = super().compute_loss(x, y, y_pred, sample_weight)
         if self.alpha == 0:
             return hard
-        logits = tf.stop_gradient(self.teacher(x, training=False))
+        logits = tf.stop_gradient(self.teacher(x, training=self._teach_as_in_training))
         losses = distillation_loss(logits, y_pred, self.temperature)  # (batch, time)
         if sample_weight is not None:
             weight = tf.cast(sample_weight, losses.dtype)
