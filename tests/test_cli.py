@@ -119,9 +119,7 @@ def test_options_of_training_may_be_written_short():
     from tf_gptopt._options import spelt_out
     from tf_gptopt.recipes.recipe import ExportSection, TrainSection
 
-    given = (
-        "--dataset D --seed 3 --mesh batch=2,model=2 --batch-size=8 --profile --out O --recompute"
-    )
+    given = "--data D --seed 3 --mesh batch=2,model=2 --batch-size=8 --profile --out O --recompute"
     want = (
         "--data D --seed 3 --fit.mesh batch=2,model=2 --fit.batch_size=8 --fit.profile true "
         "--out O --fit.recompute true"
