@@ -218,14 +218,15 @@ def test_one_that_comes_and_goes_leaves_nobody_hanging():
 
 def command_of(words):
     """The options of the command after `tf-gptopt`, parsed as the command line does."""
-    from tf_gptopt.cli import COMMANDS, _Parser
+    from tf_gptopt._options import Options
+    from tf_gptopt.cli import COMMANDS
     from tf_gptopt.recipes.recipe import TrainSection
 
     at = words.index("tf-gptopt")
     name, *options = words[at + 1 :]
     assert name == "train"
     assert name in COMMANDS
-    parser = _Parser(name)
+    parser = Options(name, COMMANDS[name])
     for flag in ("--dataset", "--out"):
         parser.add(flag, required=True)
     parser.section(TrainSection)
