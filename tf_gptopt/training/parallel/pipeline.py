@@ -11,8 +11,6 @@ S keeps the activations of at most S - s microbatches.
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +19,7 @@ import tensorflow as tf
 from tf_gptopt._errors import UserError, suggest
 from tf_gptopt._keras import keras
 from tf_gptopt.models.gpt import GPTModel, require_gpt, wrap_graph
+from tf_gptopt.models.recompute import cut, recomputed
 from tf_gptopt.training.memory import split_blocks
 from tf_gptopt.training.parallel.mesh import Mesh
 from tf_gptopt.training.parallel.stages import PipelineStep
@@ -178,13 +177,7 @@ class Placement:
         self.loss = keras.metrics.Mean(name="loss")
         self.model, self.tied = model, model.config.tie_embeddings
         self.embedding = model.base_layer("token_embedding")
-        streams = [model.base_layer("block_0_attention_norm").input]
-        for i in range(model.config.num_layers):
-            streams.append(model.base_layer(f"block_{i}_mlp_add").output)
-        back = [streams[-1], self.embedding.output[1]] if self.tied else streams[-1]
-        self.front = keras.Model(model.inputs[0], streams[0])
-        self.back = keras.Model(back, model.outputs[0])
-        blocks = [keras.Model(start, end) for start, end in itertools.pairwise(streams)]
+        self.front, blocks, self.back = cut(model)
         split = split_blocks(len(blocks), len(devices))
         self.stages = [blocks[first:end] for first, end in split]
         self.stages[0].insert(0, self.front)
@@ -207,10 +200,12 @@ class Placement:
     def forward(self, stage: int, x: tf.Tensor, table: Any, training: bool | None) -> tf.Tensor:
         """One stage's work, on whatever device is current."""
         for part in self.stages[stage]:
-            if part is self.back and self.tied:
+            if part is self.front:
+                x, _ = part(x, training=training)
+            elif part is self.back and self.tied:
                 x = part([x, table], training=training)
-            elif part not in (self.front, self.back) and training and self.model.recompute:
-                x = tf.recompute_grad(functools.partial(part, training=True))(x)
+            elif part is not self.back and training and self.model.recompute:
+                x = recomputed(part)(x)
             else:
                 x = part(x, training=training)
         return x
