@@ -116,6 +116,14 @@ def test_both_printers_show_it(capsys):
     printed = capsys.readouterr().out
     assert printed.count("MFU 100% is 141 GFLOP/s") == 1
     assert "step 120/600  loss 4.1234  2,410 tokens/s  MFU 71%  1:05 left" in printed
+    grown = dataclasses.replace(
+        report, skipped=2, loss_scale=512.0, batch_size=16, gradient_noise_scale=23.4
+    )
+    console._last_line = -100.0
+    console.step(grown)
+    ProgressLine()(grown)
+    for printed in capsys.readouterr():
+        assert "MFU 71%  batch 16  noise scale 23.4  2 skipped  loss scale 512  1:05" in printed
     ProgressLine()(dataclasses.replace(report, mfu=None))
     assert "MFU" not in capsys.readouterr().err
 

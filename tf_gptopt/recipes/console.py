@@ -13,13 +13,10 @@ LOG_WIDTH = 150  # columns where nobody's terminal says
 
 
 class StepReport(Protocol):
-    """What a training loop tells: `tf_gptopt.training.callbacks.Progress` has these fields."""
+    """What a training loop tells, as a line too: `tf_gptopt.training.callbacks.Progress`."""
 
     step: int
     steps: int
-    loss: float
-    tokens_per_second: float
-    seconds_left: float
     mfu: float | None
     peak: str
 
@@ -55,12 +52,8 @@ class Console:
 
     def step(self, report: StepReport) -> None:
         """A training step was done; `on_progress` of the trainer."""
-        mfu = "" if report.mfu is None else f"MFU {report.mfu:.0%}  "
-        text = (
-            f"step {report.step:,}/{report.steps:,}  loss {report.loss:.4f}  "
-            f"{report.tokens_per_second:,.0f} tokens/s  {mfu}{clock(report.seconds_left)} left"
-        )
-        if mfu:
+        text = str(report)
+        if report.mfu is not None:
             self.note_once(f"MFU 100% is {report.peak}")
         if not self.rich.is_terminal:
             now = time.monotonic()

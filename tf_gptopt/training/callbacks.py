@@ -59,6 +59,24 @@ class Progress:
     batch_size: int = 0
     gradient_noise_scale: float | None = None
 
+    def __str__(self) -> str:
+        """A line for people; what is not known, or has not happened, is left out."""
+        minutes, seconds = divmod(round(self.seconds_left), 60)
+        parts = [
+            f"step {self.step:,}/{self.steps:,}",
+            f"loss {self.loss:.4f}",
+            f"{self.tokens_per_second:,.0f} tokens/s",
+        ]
+        if self.mfu is not None:
+            parts.append(f"MFU {self.mfu:.0%}")
+        if self.gradient_noise_scale is not None:
+            parts.append(f"batch {self.batch_size}  noise scale {self.gradient_noise_scale:.3g}")
+        if self.skipped:
+            parts.append(f"{self.skipped} skipped")
+        if self.loss_scale is not None:
+            parts.append(f"loss scale {self.loss_scale:g}")
+        return "  ".join([*parts, f"{minutes}:{seconds:02d} left"])
+
 
 class ProgressLine:
     """Prints reports on stderr: one line rewritten in place on a terminal, else one every 10 s."""
@@ -68,22 +86,15 @@ class ProgressLine:
         self._peak = ""
 
     def __call__(self, report: Progress) -> None:
-        minutes, seconds = divmod(round(report.seconds_left), 60)
-        mfu = "" if report.mfu is None else f"MFU {report.mfu:.0%}  "
-        line = (
-            f"step {report.step:,}/{report.steps:,}  loss {report.loss:.4f}  "
-            f"{report.tokens_per_second:,.0f} tokens/s  {mfu}{_of_updates(report)}"
-            f"{minutes}:{seconds:02d} left"
-        )
-        if mfu and report.peak != self._peak:
+        if report.mfu is not None and report.peak != self._peak:
             self._peak = report.peak
             print(f"MFU 100% is {report.peak}", file=sys.stderr, flush=True)
         last = report.step >= report.steps
         if sys.stderr.isatty():
-            print(f"\r{line}\033[K", end="\n" if last else "", file=sys.stderr, flush=True)
+            print(f"\r{report}\033[K", end="\n" if last else "", file=sys.stderr, flush=True)
         elif last or time.monotonic() - self._printed >= 10:
             self._printed = time.monotonic()
-            print(line, file=sys.stderr, flush=True)
+            print(report, file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(eq=False)
@@ -313,15 +324,3 @@ class Interruption:
 
 
 _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-
-
-def _of_updates(report: Progress) -> str:
-    """What is worth saying of batches that grow and updates that are skipped."""
-    parts = []
-    if report.gradient_noise_scale is not None:
-        parts.append(f"batch {report.batch_size}  noise scale {report.gradient_noise_scale:.3g}")
-    if report.skipped:
-        parts.append(f"{report.skipped} skipped")
-    if report.loss_scale is not None:
-        parts.append(f"loss scale {report.loss_scale:g}")
-    return "".join(f"{part}  " for part in parts)
