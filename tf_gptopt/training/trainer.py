@@ -201,11 +201,8 @@ def _fit_on_mesh(model: keras.Model, dataset: Batches, config: TrainConfig, *res
             "distillation. Leave mesh out, and give fit a model that was trained on the mesh."
         )
     sharded = shard(model, Mesh.parse(config.mesh))
-    if model._is_compiled:
-        optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
-        sharded.compile(optimizer, model.loss)
     try:
-        return fit(sharded, dataset, config, *rest)
+        return _fit_spread(sharded, model, dataset, config, *rest)
     finally:
         assign_weights(model, sharded.named_weights())
 
@@ -214,13 +211,18 @@ def _fit_in_stages(model: keras.Model, dataset: Batches, config: TrainConfig, *r
     """`fit` of a plain GPT whose blocks are spread over devices for the time of it."""
     parts = min(config.batch_size // config.accumulate, pipeline_parts(config.pipeline))
     piped = pipeline(require_gpt(model), config.pipeline, microbatches=max(1, parts))
-    if model._is_compiled:
-        optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
-        piped.compile(optimizer, model.loss)
     try:
-        return fit(piped, dataset, config, *rest)
+        return _fit_spread(piped, model, dataset, config, *rest)
     finally:
         model.set_weights(piped.get_weights())
+
+
+def _fit_spread(spread: keras.Model, model: keras.Model, *rest: Any) -> dict:
+    """`fit` of `spread`, a copy of `model`, compiled as that one is."""
+    if model._is_compiled:
+        optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
+        spread.compile(optimizer, model.loss)
+    return fit(spread, *rest)
 
 
 def _recompute(model: keras.Model) -> None:
