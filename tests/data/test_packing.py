@@ -148,6 +148,16 @@ def test_copies_land_on_one_side(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert not train & valid
 
 
+def test_a_split_that_the_corpus_brings(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    train, valid = documents(20), documents(4, seed=1)
+    info = write_dataset([*train, valid[0]], tokenizer, tmp_path, 16, valid=valid)
+    assert sorted(read(tmp_path, "train", tokenizer)) == sorted(d.text for d in train)
+    assert sorted(read(tmp_path, "valid", tokenizer)) == sorted(d.text for d in valid)
+    assert info.valid_fraction == 4 / 24
+    with pytest.raises(UserError, match="0 for validation"):
+        write_dataset(train, tokenizer, tmp_path, 16, valid=[])
+
+
 def test_standard_library_does_not_leak(tokenizer: Tokenizer, tmp_path: Path) -> None:
     corpus = [d for d in load_corpus() if d.name.startswith(("json", "email", "http", "re"))]
     info = write_dataset(corpus, tokenizer, tmp_path, 64, 0.2)

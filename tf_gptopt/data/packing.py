@@ -100,11 +100,12 @@ def write_dataset(
     valid_fraction: float = 0.05,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
+    valid: Sequence[Document] | None = None,
 ) -> DatasetInfo:
     """Tokenize documents and write train.bin, valid.bin and dataset.json, which comes last.
 
     Args:
-        documents: at least two, of different text.
+        documents: at least two, of different text; with `valid`, all of them are for training.
         tokenizer: must have an end-of-text token.
         folder: made if absent; a dataset that is there is replaced.
         sequence_length: tokens of one context. Each split gets at least one (and its label).
@@ -112,6 +113,8 @@ def write_dataset(
             context, more documents follow; a document that is half of the corpus stays in train.
         seed: of the split.
         on_progress: called with the bytes of text done and to do.
+        valid: documents to hold out, where a corpus has a split of its own (WikiText's, say); a
+            document that is also among them leaves training.
 
     Raises:
         UserError: when the corpus is too small for both splits, with what would do.
@@ -126,6 +129,8 @@ def write_dataset(
             "of its tokens as eos_token in tokenizer_config.json, or train a tokenizer."
         )
     # Reading in the order of the hash shuffles the documents, and gives each its place for good
+    given = {document.text for document in valid or ()}
+    documents = [*(d for d in documents if d.text not in given), *(valid or ())]
     keyed = sorted(
         ((_key(document.text, seed), document) for document in documents),
         key=lambda item: (item[0], item[1].name),
@@ -136,7 +141,11 @@ def write_dataset(
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     tokens = list(_tokenize(ordered, sizes, tokenizer, dtype, on_progress))
     lengths = np.array([len(ids) for ids in tokens], np.int64)
-    held_out = _hold_out(keys, lengths, valid_fraction, sequence_length + 1)
+    if valid is None:
+        held_out = _hold_out(keys, lengths, valid_fraction, sequence_length + 1)
+    else:
+        held_out = np.array([document.text in given for document in ordered])
+        valid_fraction = float(np.mean(held_out))
     _require_contexts(lengths, held_out, sequence_length, valid_fraction)
 
     folder = Path(folder)
