@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tf_gptopt._errors import UserError
-from tf_gptopt.evaluation.quality import Quality, measure_quality
+from tf_gptopt.evaluation.quality import Quality, measure_quality, token_kl
 from tf_gptopt.evaluation.size import file_bytes
 
 
@@ -54,6 +54,31 @@ def test_a_tflite_file_is_scored_alike(model, batches, tmp_path):
     keras = measure_quality(model, batches)
     assert ours.loss == pytest.approx(keras.loss, abs=1e-4)
     assert ours.agreement(keras) > 0.98
+
+
+def test_distance_from_a_reference(batches, tmp_path):
+    from tf_gptopt.compression.quantization.config import QuantConfig
+    from tf_gptopt.models.gpt import GPTModel
+    from tf_gptopt.tflite.convert import export_tflite
+    from tf_gptopt.tflite.runtime import TFLiteGPT
+
+    def log_probabilities(model):
+        logits = np.concatenate([model(inputs).numpy() for inputs, _ in batches]).astype("float64")
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    model, other = (GPTModel(50, 16, layers, 2, max_sequence_length=12) for layers in (1, 2))
+    for table in (model.base_layer("token_embedding"), other.base_layer("token_embedding")):
+        table.set_weights([20 * weights for weights in table.get_weights()])  # they disagree loudly
+    p, q = log_probabilities(model), log_probabilities(other)
+    expected = np.mean(np.sum(np.exp(p) * (p - q), -1))
+    assert expected > 0.1
+    assert token_kl(other, model, batches) == pytest.approx(expected, rel=1e-4)
+    assert token_kl(model, model, batches) == pytest.approx(0, abs=1e-6)
+    export_tflite(other, tmp_path / "m.tflite", QuantConfig("float32"))
+    file = TFLiteGPT(tmp_path / "m.tflite")
+    assert token_kl(file, model, batches) == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        token_kl(model, model, [])
 
 
 def test_agreement():

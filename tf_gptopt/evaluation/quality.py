@@ -64,6 +64,36 @@ def measure_quality(model: GPTModel | TFLiteGPT, batches: Iterable[Batch]) -> Qu
     return Quality(total / tokens, tokens, np.concatenate(top1))
 
 
+def token_kl(
+    model: GPTModel | TFLiteGPT, reference: GPTModel | TFLiteGPT, batches: Iterable[Batch]
+) -> float:
+    """Mean KL(reference || model) of the next token's distribution, in nats, over all positions."""
+    ours, theirs = _logits_of(model), _logits_of(reference)
+    total, tokens = 0.0, 0
+    for inputs, _ in batches:
+        kl = _kl(theirs(np.asarray(inputs)), ours(np.asarray(inputs))).numpy()
+        total += float(np.sum(kl, dtype=np.float64))
+        tokens += kl.size
+    if not tokens:
+        raise UserError("There is nothing to evaluate on: the validation split gave no batch.")
+    return total / tokens
+
+
+def _logits_of(model: GPTModel | TFLiteGPT) -> Callable[[np.ndarray], Any]:
+    """Ids -> logits, both of a batch."""
+    if isinstance(model, TFLiteGPT):
+        return lambda inputs: np.stack([model.logits(ids) for ids in inputs])
+    forward = tf.function(lambda ids: require_gpt(model)(ids, training=False))
+    return lambda inputs: forward(tf.constant(inputs, tf.int32))
+
+
+@tf.function(reduce_retracing=True)
+def _kl(reference: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    log_p = tf.nn.log_softmax(tf.cast(reference, tf.float32))
+    log_q = tf.nn.log_softmax(tf.cast(logits, tf.float32))
+    return tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), -1)  # (batch, time)
+
+
 def _keras_score(model: Any) -> Score:
     require_gpt(model)
 
