@@ -140,43 +140,10 @@ def torch(shape: dict[str, int], precision: str, task: str, turns: Turns) -> Non
     """nanoGPT's model and step in PyTorch."""
     import torch
     import torch.nn.functional as F
-    from torch import nn
 
-    vocab, width, heads, length = (shape[key] for key in ("vocab", "width", "heads", "time"))
+    from benchmarks.nanogpt import GPT, adamw
 
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-            self.fc, self.out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            b, t, _ = x.shape
-            q, k, v = (
-                part.view(b, t, heads, width // heads).transpose(1, 2)
-                for part in self.qkv(self.norm_1(x)).split(width, dim=2)
-            )
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.proj(y.transpose(1, 2).reshape(b, t, width))
-            return x + self.out(F.gelu(self.fc(self.norm_2(x)), approximate="tanh"))
-
-    class GPT(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tokens, self.positions = nn.Embedding(vocab, width), nn.Embedding(length, width)
-            self.blocks = nn.ModuleList(Block() for _ in range(shape["layers"]))
-            self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
-            for module in self.modules():
-                if isinstance(module, (nn.Linear, nn.Embedding)):
-                    nn.init.normal_(module.weight, std=0.02)
-            self.head.weight = self.tokens.weight
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
-            for block in self.blocks:
-                x = block(x)
-            return self.head(self.norm(x)).view(-1, vocab)
+    sizes = [shape[key] for key in ("vocab", "width", "layers", "heads", "time")]
 
     def loss_of(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(ids), labels.view(-1))
@@ -188,11 +155,8 @@ def torch(shape: dict[str, int], precision: str, task: str, turns: Turns) -> Non
         return 0.5 * TEMPERATURE**2 * soft + 0.5 * F.cross_entropy(logits, labels.view(-1))
 
     torch.manual_seed(0)
-    model, teacher = GPT(), GPT() if task == "distill" else None
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
+    model, teacher = GPT(*sizes), GPT(*sizes) if task == "distill" else None
+    optimizer = adamw(model, 3e-4)
     compiled = torch.compile(loss_of)
     if task == "distill":  # compiled as one, it takes five times as long
         student, teaching, combined = map(torch.compile, (model, teacher, loss_to))
