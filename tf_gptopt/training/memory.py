@@ -16,8 +16,9 @@ token, a block of width d with a = heads x head_dim and n neurons keeps these el
 
 With a = d and n = 4 d and 16-bit elements that is 36 bytes a token and width, and 2 a head and key:
 attention takes queries in blocks and leaves most of the keys ahead of them out, so that at 1,024
-tokens there are 640 keys. The paper has 34, and 5 a head and token, from dropout's masks and other
-choices of what to keep. The loss takes the logits in chunks (`models/linear_cross_entropy.py`).
+tokens there are 576 keys on average. The paper has 34, and 5 a head and token, from dropout's masks
+and other choices of what to keep. The loss takes the logits in chunks
+(`models/linear_cross_entropy.py`).
 
 The worst moment counts: gradients come block by block as the activations go.
 """
