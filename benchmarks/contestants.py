@@ -58,8 +58,9 @@ def ours(shape: dict[str, int], precision: str, task: str, turns: Turns) -> None
     """`fit` of this package, as its recipes call it."""
     from tf_gptopt._keras import keras
     from tf_gptopt.compression.distillation.distiller import Distiller
+    from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
     from tf_gptopt.compression.pruning.config import PruneConfig
-    from tf_gptopt.compression.pruning.magnitude import prune, pruning_callbacks
+    from tf_gptopt.compression.pruning.pruner import prune
     from tf_gptopt.training.config import TrainConfig
     from tf_gptopt.training.precision import use_precision
     from tf_gptopt.training.trainer import fit
