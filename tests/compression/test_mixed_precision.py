@@ -16,11 +16,7 @@ import tensorflow as tf
 from tf_gptopt._keras import keras
 from tf_gptopt.compression.distillation.distiller import Distiller
 from tf_gptopt.compression.pruning.config import PruneConfig
-from tf_gptopt.compression.pruning.magnitude import (
-    prune,
-    sparsity,
-    strip_pruning,
-)
+from tf_gptopt.compression.pruning.pruner import prune, sparsity, strip_pruning
 from tf_gptopt.compression.quantization.qat import quantize_aware, strip_quantization
 from tf_gptopt.compression.quantization.quantizers import int8_fake_quantize
 from tf_gptopt.models.checkpoints import load_checkpoint, save_model

@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
+from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
 from tf_gptopt.compression.pruning.config import PruneConfig
-from tf_gptopt.compression.pruning.magnitude import (
-    PruneLowMagnitude,
+from tf_gptopt.compression.pruning.pruner import (
     count_parameters,
-    mask_of_largest,
     prune,
-    pruning_callbacks,
     sparsity,
     strip_pruning,
 )
+from tf_gptopt.compression.pruning.wrapper import PruneLowMagnitude
 from tf_gptopt.models.gpt import GPTModel
 
 UNEVEN = {"num_heads": (2, 3), "head_dim": 5, "intermediate_dim": (40, 17), "dropout": 0.1}
@@ -256,25 +255,6 @@ def test_small_kernels_can_stay_dense(tiny_model: Callable) -> None:
 
 
 @given(
-    scores=st.lists(
-        st.floats(0, 3.0, width=32) | st.sampled_from([0.0, 0.5, 1e-40, 3e38]),
-        min_size=1,
-        max_size=60,
-    ),
-    data=st.data(),
-)
-@settings(deadline=None, max_examples=60)
-def test_mask_of_largest_keeps_exactly_the_largest(scores: list[float], data: Any) -> None:
-    scores = np.array(scores, np.float32)
-    keep = data.draw(st.integers(1, len(scores)))
-    mask, threshold = mask_of_largest(tf.constant(scores), tf.constant(keep))
-    expected = np.zeros_like(scores)
-    expected[np.argsort(-scores, kind="stable")[:keep]] = 1
-    np.testing.assert_array_equal(mask.numpy(), expected)
-    assert threshold.numpy() == scores[expected == 1].min()
-
-
-@given(
     heads=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     head_dim=st.integers(1, 5),
     neurons=st.tuples(st.integers(1, 19), st.integers(1, 19)),
@@ -321,35 +301,6 @@ def test_mixed_precision_trains_with_exact_masks(tiny_model: Callable) -> None:
     np.testing.assert_array_equal(logits(plain), logits(pruned))
 
 
-def test_replicas_prune_alike(run_child: Callable) -> None:
-    printed = run_child(
-        """
-        import numpy as np
-        from tf_gptopt._keras import keras
-        from tf_gptopt.compression.pruning.config import PruneConfig
-        from tf_gptopt.compression.pruning.magnitude import *
-        from tf_gptopt.models.gpt import GPTModel
-
-        strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-        with strategy.scope():
-            model = GPTModel(31, 16, 1, 2, max_sequence_length=8)
-            pruned = prune(model, PruneConfig(0.5, end_step=4, frequency=2))
-            pruned.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-        ids = np.random.default_rng(0).integers(0, 31, (24, 9))
-        pruned.fit(ids[:, :-1], ids[:, 1:], batch_size=4, verbose=0,
-                   callbacks=pruning_callbacks(pruned))
-        for variable in pruned.variables:
-            first, second = strategy.experimental_local_results(variable)
-            np.testing.assert_array_equal(first.numpy(), second.numpy())
-        kernel = pruned.base_layer("block_0_fc").layer.kernel.numpy()
-        plain = strip_pruning(pruned)  # outside of the scope
-        steps = pruned.base_layer("block_0_fc").steps_done
-        print(steps, np.mean(kernel == 0), sparsity(plain)["total"])
-        """
-    )
-    assert printed.split() == ["6", "0.5", "0.5"]
-
-
 def test_strip_warns_of_a_target_that_was_not_reached(tiny_model: Callable) -> None:
     pruned = prune(tiny_model(), PruneConfig(0.5, end_step=100))
     with pytest.warns(UserWarning, match=r"0\.0% sparse, not 50\.0%.*step 0 of 100"):
@@ -381,11 +332,31 @@ def test_watch_notices_an_optimizer_that_does_not_prune(tiny_model: Callable) ->
         ({"frequency": 2.5}, "integer"),
         ({"schedule": "polynomal"}, "Did you mean 'polynomial'"),
         ({"layers": ()}, "patterns of layer names"),
+        ({"score": "taylr"}, "Did you mean 'taylor'"),
+        ({"scope": "row"}, "Unknown pruning scope"),
+        ({"pattern": "4:2"}, "1 <= N < M"),
+        ({"pattern": "0x4"}, "block of inputs x outputs"),
+        ({"pattern": 24}, "block of inputs x outputs"),
+        ({"pattern": "2:4", "sparsity": 0.7}, r"fixes the sparsity at 0\.5.*Leave sparsity out"),
+        ({"pattern": "2:4", "scope": "global"}, "kernels cannot share"),
+        ({"pattern": "2:4", "schedule": "adaptive"}, "may stop before"),
+        ({"score": "sparsegpt"}, "schedule='constant' and begin_step=0"),
+        ({"score": "sparsegpt", "schedule": "constant", "scope": "global"}, "one layer after"),
+        ({"schedule": "adaptive", "end_step": 0}, "must come after begin_step"),
+        ({"tolerance": 0}, "positive number"),
+        ({"power": float("nan")}, "positive number"),
     ],
 )
 def test_config_says_what_is_wrong(values: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         PruneConfig(**values)
+
+
+def test_n_of_m_fixes_the_sparsity() -> None:
+    assert PruneConfig(pattern="1:4").sparsity == 0.75
+    assert PruneConfig(0.75, pattern="1:4").sparsity == 0.75
+    assert PruneConfig(pattern="1:4").n_of_m == (1, 4)
+    assert PruneConfig(pattern="16x1").block == (16, 1)
 
 
 def test_model_and_pattern_mistakes(tiny_model: Callable) -> None:

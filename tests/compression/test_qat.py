@@ -425,7 +425,7 @@ def test_mistakes_name_their_remedy(tiny_model) -> None:
 
 def test_a_model_with_pruning_wrappers_is_refused(tiny_model) -> None:
     from tf_gptopt.compression.pruning.config import PruneConfig
-    from tf_gptopt.compression.pruning.magnitude import prune
+    from tf_gptopt.compression.pruning.pruner import prune
 
     with pytest.raises(UserError, match="strip_pruning"):
         quantize_aware(prune(tiny_model(num_layers=1), PruneConfig(sparsity=0.5)))

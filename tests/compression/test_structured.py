@@ -11,8 +11,8 @@ import pytest
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
 from tf_gptopt.compression.pruning.config import PruneConfig
-from tf_gptopt.compression.pruning.magnitude import prune, sparsity
-from tf_gptopt.compression.pruning.structured import evenly_spaced, shrink
+from tf_gptopt.compression.pruning.pruner import prune, sparsity
+from tf_gptopt.compression.structured.shrinking import evenly_spaced, shrink
 from tf_gptopt.models.gpt import GPTModel
 
 IDS = np.random.default_rng(0).integers(0, 61, (2, 9))

@@ -55,9 +55,9 @@ def test_equals_the_uncached_forward(
 
 
 def pruned(model: GPTModel) -> GPTModel:
-    magnitude = pytest.importorskip("tf_gptopt.compression.pruning.magnitude")
+    pruner = pytest.importorskip("tf_gptopt.compression.pruning.pruner")
     config = pytest.importorskip("tf_gptopt.compression.pruning.config")
-    return magnitude.prune(model, config.PruneConfig(sparsity=0.5, schedule="constant"))
+    return pruner.prune(model, config.PruneConfig(sparsity=0.5, schedule="constant"))
 
 
 def quantized(model: GPTModel) -> GPTModel:
@@ -66,8 +66,8 @@ def quantized(model: GPTModel) -> GPTModel:
 
 
 def pruned_and_quantized(model: GPTModel) -> GPTModel:
-    magnitude = pytest.importorskip("tf_gptopt.compression.pruning.magnitude")
-    return quantized(magnitude.strip_pruning(pruned(model)))
+    pruner = pytest.importorskip("tf_gptopt.compression.pruning.pruner")
+    return quantized(pruner.strip_pruning(pruned(model)))
 
 
 @pytest.mark.parametrize("wrap", [pruned, quantized, pruned_and_quantized])

@@ -7,7 +7,7 @@ from tf_gptopt._errors import UserError
 CODE = """
 import numpy as np
 from tf_gptopt._keras import keras
-from tf_gptopt.compression.pruning.magnitude import prune
+from tf_gptopt.compression.pruning.pruner import prune
 from tf_gptopt.compression.quantization.qat import quantize_aware
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.training.loss import NextTokenLoss

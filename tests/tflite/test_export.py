@@ -138,7 +138,7 @@ def test_zeros_of_pruning_stay_zeros(exported, tiny_model):
 @pytest.mark.filterwarnings("ignore:.*sparse")
 def test_a_pruned_model_is_stripped(exported, tiny_model):
     from tf_gptopt.compression.pruning.config import PruneConfig
-    from tf_gptopt.compression.pruning.magnitude import prune, strip_pruning
+    from tf_gptopt.compression.pruning.pruner import prune, strip_pruning
 
     pruned = prune(tiny_model(), PruneConfig())
     _, runtime = exported("float32", model=pruned)

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
 from tf_gptopt.compression.distillation.distiller import Distiller
-from tf_gptopt.compression.pruning.magnitude import prune
+from tf_gptopt.compression.pruning.pruner import prune
 from tf_gptopt.compression.quantization.qat import quantize_aware
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.recipes.console import Console

@@ -31,7 +31,8 @@ from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
 from tf_gptopt.compression.distillation.distiller import Distiller
 from tf_gptopt.compression.pruning.config import PruneConfig
-from tf_gptopt.compression.pruning.magnitude import prune, pruning_callbacks, strip_pruning
+from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
+from tf_gptopt.compression.pruning.pruner import prune, strip_pruning
 from tf_gptopt.compression.quantization.qat import quantize_aware, strip_quantization
 from tf_gptopt.data.dataset import TokenDataset
 from tf_gptopt.models.gpt import GPTModel

@@ -228,7 +228,7 @@ def test_mistakes(tiny_model):
     import tensorflow as tf
 
     from tf_gptopt.compression.pruning.config import PruneConfig
-    from tf_gptopt.compression.pruning.magnitude import prune
+    from tf_gptopt.compression.pruning.pruner import prune
     from tf_gptopt.training.config import TrainConfig
     from tf_gptopt.training.parallel.pipeline import pipeline
     from tf_gptopt.training.parallel.stages import split_batch

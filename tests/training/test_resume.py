@@ -77,8 +77,9 @@ def test_compressed_models_go_on_as_well(kind, tmp_path):
 
     from tf_gptopt._keras import keras
     from tf_gptopt.compression.distillation.distiller import Distiller
+    from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
     from tf_gptopt.compression.pruning.config import PruneConfig
-    from tf_gptopt.compression.pruning.magnitude import prune, pruning_callbacks
+    from tf_gptopt.compression.pruning.pruner import prune
     from tf_gptopt.compression.quantization.qat import quantize_aware
     from tf_gptopt.models.gpt import GPTModel
     from tf_gptopt.training.config import TrainConfig

@@ -16,7 +16,7 @@ import numpy as np
 from tf_gptopt._keras import keras
 from tf_gptopt.compression.distillation.distiller import Distiller
 from tf_gptopt.compression.pruning.config import PruneConfig
-from tf_gptopt.compression.pruning.magnitude import prune, sparsity
+from tf_gptopt.compression.pruning.pruner import prune, sparsity
 from tf_gptopt.compression.quantization.qat import quantize_aware
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.training.config import TrainConfig

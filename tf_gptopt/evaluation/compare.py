@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tf_gptopt._errors import UserError
-from tf_gptopt.compression.pruning.magnitude import count_parameters
+from tf_gptopt.compression.pruning.pruner import count_parameters
 from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.data.dataset import TokenDataset
 from tf_gptopt.evaluation.quality import Quality, measure_quality

@@ -152,7 +152,7 @@ def _plain_model(model: Any) -> GPTModel:
     require_gpt(model)
     if not any(hasattr(layer, "layer") for layer in model.layers):
         return model
-    from tf_gptopt.compression.pruning.magnitude import strip_pruning
+    from tf_gptopt.compression.pruning.pruner import strip_pruning
     from tf_gptopt.compression.quantization.qat import is_quantization_aware, strip_quantization
 
     return strip_quantization(model) if is_quantization_aware(model) else strip_pruning(model)

@@ -8,7 +8,6 @@ pruned weights are zero. Attention counts as in the paper, without halving it fo
 from __future__ import annotations
 
 import functools
-import math
 import os
 import re
 import time
@@ -17,8 +16,8 @@ from typing import Any
 import tensorflow as tf
 
 from tf_gptopt._keras import keras
-from tf_gptopt.models.checkpoints import weight_shapes
 from tf_gptopt.models.config import GPTConfig
+from tf_gptopt.models.counting import token_flops
 
 # Dense products of one device with bfloat16 or float16 inputs, FLOP/s, from the makers' data sheets
 GPU_PEAKS = {
@@ -61,8 +60,8 @@ def training_flops(model: keras.Model, length: int) -> float:
     """FLOPs of one token in a training step: `6 * weights + 12 * attention * length`.
 
     `weights` are those of the matrices (a token table counts for the logits, not for the look-up),
-    `attention` is heads x head size over all blocks, which may differ in shape. A distiller's
-    teacher adds a third of its own number, for it only runs forwards.
+    `attention` is heads x head size over all blocks, which may differ in shape. Each teacher of a
+    distiller adds a third of its own number, for it only runs forwards.
 
     Args:
         model: a `GPTModel`, plain, wrapped or divided among devices, or a `Distiller`; of another
@@ -71,18 +70,14 @@ def training_flops(model: keras.Model, length: int) -> float:
     """
     student = getattr(model, "student", None)
     if student is not None:
-        teacher = training_flops(model.teacher, length) / 3 if model.alpha else 0.0
-        return training_flops(student, length) + teacher
+        teachers = model.teachers if model.alpha else ()
+        taught = sum(training_flops(teacher, length) / 3 for teacher in teachers)
+        return training_flops(student, length) + taught
     shape = getattr(model, "config", None)
     if not isinstance(shape, GPTConfig):
         dense = (x for x in model._flatten_layers() if isinstance(x, keras.layers.Dense))
         return 6.0 * sum(layer.kernel.shape.num_elements() for layer in dense)
-    sizes = weight_shapes(shape)
-    kernels = {name: math.prod(size) for name, size in sizes.items() if name.endswith("/kernel")}
-    if "token_logits/kernel" not in kernels:
-        kernels["token_logits"] = math.prod(sizes["token_embedding/embeddings"])
-    widths = (size[1] // 3 for name, size in sizes.items() if name.endswith("_qkv/kernel"))
-    return 6.0 * sum(kernels.values()) + 12.0 * sum(widths) * length
+    return 3.0 * token_flops(shape, length)  # backwards costs twice what forwards does
 
 
 def model_peak(model: keras.Model, dtype: str) -> tuple[float, str]:

@@ -18,6 +18,7 @@ def microbatches(
 
     Args:
         batches: of `(inputs, labels)`, both `(batch, time)`; `batch` is a multiple of `count`.
+            Inputs may be a dictionary of tensors, each beginning with these two axes.
         count: microbatches a batch.
         ignore_label: what marks a token that the loss leaves out of its average; None where there
             is no such label.
@@ -28,9 +29,11 @@ def microbatches(
         is then the batch's loss, however the padding is spread.
     """
 
-    def split(inputs: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        rows = inputs.shape[0] // count
-        inputs, labels = (tf.reshape(x, [count, rows, *x.shape[1:]]) for x in (inputs, labels))
+    def split(inputs: Any, labels: tf.Tensor) -> tuple[Any, ...]:
+        rows = labels.shape[0] // count
+        inputs, labels = tf.nest.map_structure(
+            lambda x: tf.reshape(x, [count, rows, *x.shape[1:]]), (inputs, labels)
+        )
         if ignore_label is None:
             return inputs, labels
         tokens = tf.reduce_sum(tf.cast(labels != ignore_label, tf.float32), [1, 2])
