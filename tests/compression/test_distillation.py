@@ -14,9 +14,10 @@ from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
 from tf_gptopt.compression.distillation.config import DistillConfig
 from tf_gptopt.compression.distillation.distiller import Distiller, distillation_loss
+from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
 from tf_gptopt.compression.pruning.config import PruneConfig
-from tf_gptopt.compression.pruning.magnitude import prune, pruning_callbacks, sparsity
-from tf_gptopt.compression.pruning.structured import shrink
+from tf_gptopt.compression.pruning.pruner import prune, sparsity
+from tf_gptopt.compression.structured.shrinking import shrink
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.training.loss import NextTokenLoss
 
@@ -205,7 +206,7 @@ def test_two_replicas_learn_as_one(run_child: Callable) -> None:
         import numpy as np
         from tf_gptopt._keras import keras
         from tf_gptopt.compression.distillation.distiller import Distiller
-        from tf_gptopt.compression.pruning.structured import shrink
+        from tf_gptopt.compression.structured.shrinking import shrink
         from tf_gptopt.models.gpt import GPTModel
 
         ids = np.random.default_rng(0).integers(0, 31, (16, 9))

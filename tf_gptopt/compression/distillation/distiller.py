@@ -1,14 +1,26 @@
-"""Knowledge distillation: a small model learns from a large one's logits, with Keras' own `fit`."""
+"""Knowledge distillation: a small model learns from a large one, with Keras' own `fit`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
-from tf_gptopt.compression.distillation.config import DistillConfig
+from tf_gptopt.compression.distillation.cache import CachedTeacher
+from tf_gptopt.compression.distillation.config import DistillConfig, check_alpha
+from tf_gptopt.compression.distillation.features import Comparison
+from tf_gptopt.compression.distillation.forward import forward_with_taps
+from tf_gptopt.compression.distillation.linear_soft_labels import linear_soft_labels
+from tf_gptopt.compression.distillation.losses import FeatureLoss, Loss, SoftLabels
+from tf_gptopt.compression.distillation.soft_labels import Logits, TopK, distillation_loss
+from tf_gptopt.compression.distillation.teachers import (
+    as_teachers,
+    check_same_tokens,
+    teacher_shares,
+)
 from tf_gptopt.models.gpt import GPTModel, require_gpt
 
 
@@ -20,165 +32,262 @@ class Distiller(keras.Model):
     distiller.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     distiller.fit(data)                          # as any Keras model, under any strategy
     distiller.student.save("student.keras")      # the result
+
+    Distiller(student, teacher, losses=[SoftLabels(2.0, "js"), HiddenStates(weight=0.1)])
     ```
 
     The loss, per token (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network",
-    arXiv:1503.02531), at temperature T:
+    arXiv:1503.02531):
 
-        alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * compiled loss
+        alpha * sum of weight * loss + (1 - alpha) * compiled loss
 
-    T^2 keeps the teacher's gradient as large as the labels' when T changes. The logs show `loss`,
-    its parts `distillation_loss` (with T^2) and `hard_loss` (the compiled one), and the metrics.
-    Tokens with a negative label (padding) count in neither; `NextTokenLoss` ignores them as well.
+    The logs show `loss`, its parts by name (`distillation_loss` for soft labels, with its T^2,
+    `hidden_states_loss`, `attention_maps_loss`, `relations_loss`, each without its weight, and
+    `hard_loss`, the compiled one) and the metrics. Tokens with a negative label (padding) count in
+    none of them; `NextTokenLoss` ignores them as well.
 
-    The teacher runs as in inference, gets no gradient, and is not part of the distiller: weights,
-    checkpoints and saved files are the student's alone. Make both models in the scope of the
-    strategy that trains. A student wrapped by `prune` or `quantize_aware` stays what it is.
+    Each model runs once a step. The teacher runs as in inference, gets no gradient, and is not part
+    of the distiller: weights and checkpoints are the student's and, where hidden states differ in
+    width, those of the map between them; what `save` writes is the student alone. Make both models
+    in the scope of the strategy that trains. A student wrapped by `prune` or `quantize_aware` stays
+    what it is.
+
+    With `NextTokenLoss` the logits of student and teacher are never held whole: both losses start
+    from the last hidden states, a chunk of rows at a time.
 
     Args:
         student: the `GPTModel` to train, in place.
-        teacher: a `GPTModel` over the same tokens.
-        temperature: T, above 0.
+        teacher: a `GPTModel` over the same tokens; a `GPT2CausalLM` or `GPT2Backbone` of keras-nlp;
+            the path of a folder that `load_checkpoint` reads; a `CachedTeacher`, which goes with
+            its own batches; or a list of models and paths. Of several teachers the soft labels are
+            the mean of the probabilities, whose gradient is the mean of what each would give (the
+            mean of the logits would be that of no mixture, and moves with each teacher's scale);
+            features are those of the first.
+        temperature: of the soft labels, where `losses` is not given.
         alpha: the teacher's share of the loss, in [0, 1]; with 0 the teacher is never run.
+        losses: `SoftLabels`, `HiddenStates`, `AttentionMaps`, `Relations`, one or several; default
+            `[SoftLabels(temperature)]`.
+        teacher_weights: of several teachers, each positive; default equal.
+
+    Attributes:
+        student: the model that is trained.
+        teachers: the frozen models; none with a `CachedTeacher`.
+        alpha: the teacher's share.
 
     Raises:
-        UserError: when the two do not speak the same tokens, or a number is out of its range.
+        UserError: when the models do not speak the same tokens, cannot be compared in the way a
+            loss asks for, or a number is out of its range.
     """
 
     def __init__(
         self,
         student: GPTModel,
-        teacher: GPTModel,
+        teacher: Any,
         temperature: float = DistillConfig.temperature,
         alpha: float = DistillConfig.alpha,
         name: str = "distiller",
+        *,
+        losses: Sequence[Loss] | None = None,
+        teacher_weights: Sequence[float] | None = None,
     ) -> None:
-        config = DistillConfig(temperature, alpha)
-        check_same_tokens(require_gpt(student), require_gpt(teacher))
-        inner = student.base_layer("block_0_qkv")
+        check_alpha(alpha)
+        losses = (SoftLabels(temperature),) if losses is None else tuple(losses)
+        soft, features = _sort(losses)
+        inner = require_gpt(student).base_layer("block_0_qkv")
         policy = getattr(inner, "layer", inner).dtype_policy  # decides on loss scaling
-        super().__init__(name=name, dtype=policy)
+        with student.distribute_strategy.scope():
+            super().__init__(name=name, dtype=policy)
+            # a plain object, where Keras does not look: no weights, nothing in checkpoints
+            self._lesson = lesson = _Lesson(student, teacher, teacher_weights, soft, features)
+            names = [loss.NAME for loss in losses]
+            self._means = [keras.metrics.Mean(name=x) for x in ("total_loss", *names, "hard_loss")]
         self.student = student
+        self.projections = [x.projection for x in lesson.comparisons if x.projection is not None]
         self.distribute_reduction_method = student.distribute_reduction_method
-        self.temperature = config.temperature
-        self.alpha = config.alpha
-        # in a closure, where Keras does not find it: no weights, no checkpoint entry, no gradient
-        self._get_teacher = lambda: teacher
-        # The compiled loops of training are the faster ones, and the same function without dropout
-        wrapped = any(isinstance(layer, keras.layers.Wrapper) for layer in teacher.layers)
-        self._teach_as_in_training = not (wrapped or teacher.config.dropout or teacher.recompute)
-        self._distillation_loss = keras.metrics.Mean(name="distillation_loss")
-        self._total_loss = keras.metrics.Mean(name="total_loss")
+        self.alpha = alpha
         self.built = True  # the student is
 
     @property
-    def teacher(self) -> GPTModel:
-        """The frozen model that is learnt from."""
-        return self._get_teacher()
+    def teachers(self) -> tuple[GPTModel, ...]:
+        """The frozen models that are learnt from."""
+        return self._lesson.teachers
+
+    @property
+    def teacher(self) -> GPTModel | None:
+        """The first of them."""
+        return self.teachers[0] if self.teachers else None
 
     def call(self, inputs: Any, training: bool | None = None) -> tf.Tensor:
-        return self.student(inputs, training=training)
+        token_ids = inputs["token_ids"] if isinstance(inputs, dict) else inputs
+        if self.alpha == 0:
+            return self.student(token_ids, training=training)
+        logits, taps = self._lesson.student(token_ids, training)
+        logits.taps = taps  # for `compute_loss`, as `head` is for `NextTokenLoss`
+        return logits
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None
     ) -> tf.Tensor:
-        """The weighted sum of both losses; Keras' train and test steps do the rest."""
-        y_pred = tf.identity(y_pred)  # without its head, so that the loss takes these logits
-        hard = super().compute_loss(x, y, y_pred, sample_weight)
+        """The weighted sum of all losses; Keras' train and test steps do the rest."""
         if self.alpha == 0:
-            return hard
-        logits = tf.stop_gradient(self.teacher(x, training=self._teach_as_in_training))
-        losses = distillation_loss(logits, y_pred, self.temperature)  # (batch, time)
-        if sample_weight is not None:
-            weight = tf.cast(sample_weight, losses.dtype)
-            losses *= weight if weight.shape.rank == 2 else tf.reshape(weight, [-1, 1])
-        labelled = tf.cast(tf.reshape(y, tf.shape(losses)) >= 0, losses.dtype)
-        tokens = tf.reduce_sum(labelled)
-        replica = tf.distribute.get_replica_context()
-        replicas = replica.num_replicas_in_sync
-        if replicas > 1:
-            tokens = replica.all_reduce(tf.distribute.ReduceOp.MEAN, tokens)
-        # Keras sums gradients over replicas and has divided the compiled loss for it; so do we
-        soft = tf.math.divide_no_nan(tf.reduce_sum(losses * labelled), tokens) / replicas
-        total = self.alpha * soft + (1.0 - self.alpha) * hard
-        examples = tf.shape(losses)[0]
-        self._distillation_loss.update_state(soft * replicas, sample_weight=examples)
-        self._total_loss.update_state(total * replicas, sample_weight=examples)
+            return super().compute_loss(x, y, y_pred, sample_weight)
+        lesson = self._lesson
+        weights, mean = _token_mean(y, y_pred, sample_weight)
+        target, heads, taps = lesson.teach(x)
+        parts, total = {}, 0.0
+        for comparison in lesson.comparisons:
+            loss = comparison.loss
+            own = [y_pred.taps[name] for name in comparison.student_taps]
+            losses = comparison(own, [taps[name] for name in comparison.teacher_taps])
+            parts[loss.NAME] = mean(tf.reduce_sum(losses * weights))
+            total += self.alpha * loss.weight * parts[loss.NAME]
+        soft, head = lesson.soft, getattr(y_pred, "head", None)
+        if soft and heads and head is not None and self._averages_tokens():
+            both, of_soft, of_hard = linear_soft_labels(
+                head,
+                heads,
+                tf.cast(tf.reshape(y, tf.shape(weights)), tf.int32),
+                weights,
+                soft,
+                self.alpha * soft.weight,
+                1.0 - self.alpha,
+                lesson.shares,
+            )
+            parts[soft.NAME], parts["hard_loss"] = mean(of_soft), mean(of_hard)
+            total += mean(both)
+        else:
+            if soft:
+                losses = distillation_loss(
+                    target, y_pred, soft.temperature, soft.divergence, soft.beta
+                )
+                parts[soft.NAME] = mean(tf.reduce_sum(losses * weights))
+                total += self.alpha * soft.weight * parts[soft.NAME]
+                y_pred = tf.identity(y_pred)  # without its head, so that the loss takes these
+            parts["hard_loss"] = super().compute_loss(x, y, y_pred, sample_weight)
+            total += (1.0 - self.alpha) * parts["hard_loss"]
+        parts["total_loss"] = total
+        replicas = tf.distribute.get_replica_context().num_replicas_in_sync
+        for metric in self._means:
+            metric.update_state(parts[metric.name] * replicas, sample_weight=tf.shape(y_pred)[0])
         return total
+
+    def _averages_tokens(self) -> bool:
+        """Whether the compiled loss is `NextTokenLoss`, or one like it, with nothing beside it."""
+        loss = self.loss
+        return (
+            isinstance(loss, keras.losses.Loss)
+            and getattr(loss, "ignore_label", None) == -1
+            and loss.reduction
+            in (keras.losses.Reduction.AUTO, keras.losses.Reduction.SUM_OVER_BATCH_SIZE)
+            and self.compiled_loss._user_loss_weights is None
+            and not self.losses
+        )
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> dict[str, Any]:
         logs = super().compute_metrics(x, y, y_pred, sample_weight)
-        hard, soft, total = (logs.pop(name) for name in ("loss", "distillation_loss", "total_loss"))
+        own = {metric.name: logs.pop(metric.name) for metric in self._means}
         if self.alpha == 0:
-            return {"loss": hard, **logs}
-        return {"loss": total, "distillation_loss": soft, "hard_loss": hard, **logs}
+            return logs
+        logs.pop("loss", None)  # the compiled one, which `hard_loss` is
+        return {"loss": own.pop("total_loss"), **own, **logs}
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         """Save the student: what `ModelCheckpoint` writes is the result, without the teacher."""
         self.student.save(*args, **kwargs)
 
 
-def distillation_loss(
-    teacher_logits: tf.Tensor, student_logits: tf.Tensor, temperature: float
-) -> tf.Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)) of each token.
+class _Lesson:
+    """What is learnt, from whom, and the forward passes that it takes.
 
-    Only the student gets a gradient, T * (softmax(student / T) - softmax(teacher / T)), and it is
-    made together with the loss: one array of logits' size is kept for the backward pass.
-
-    Args:
-        teacher_logits, student_logits: `(batch, time, vocab_size)`, any float dtype.
-        temperature: T.
-
-    Returns:
-        `(batch, time)` float32, in nats.
+    Attributes:
+        soft: the soft labels, or None.
+        comparisons: of features with those of the first teacher.
+        student: forward pass of the student, with what the comparisons need.
     """
-    teacher_logits = tf.cast(teacher_logits, tf.float32)
 
-    @tf.custom_gradient
-    def loss_of_student(logits: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        loss, gradient = _loss_and_gradient(teacher_logits, logits, temperature)
-        return loss, lambda upstream: upstream[..., None] * gradient
-
-    return loss_of_student(tf.cast(student_logits, tf.float32))
-
-
-@tf.function(jit_compile=True)  # an XLA island: a third less time than the same ops one by one
-def _loss_and_gradient(
-    teacher_logits: tf.Tensor, student_logits: tf.Tensor, temperature: float
-) -> tuple[tf.Tensor, tf.Tensor]:
-    t, exp_t, sum_t = _shifted_exp(teacher_logits / temperature)
-    s, exp_s, sum_s = _shifted_exp(student_logits / temperature)
-    p = exp_t / sum_t  # the teacher's probabilities
-    kl = tf.reduce_sum(p * (t - s), -1) + tf.math.log(sum_s / sum_t)[..., 0]
-    return temperature**2 * kl, temperature * (exp_s / sum_s - p)
-
-
-def _shifted_exp(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """`x` less its maximum, the exponential of that, and the sum of those over the vocabulary."""
-    x -= tf.reduce_max(x, -1, keepdims=True)
-    exp = tf.exp(x)
-    return x, exp, tf.reduce_sum(exp, -1, keepdims=True)
-
-
-def check_same_tokens(student: GPTModel, teacher: GPTModel) -> None:
-    """Raise a `UserError` unless token 17 is the same token to both models."""
-    if student is teacher:
-        raise UserError(
-            "Student and teacher are one model. Make the student first, for example with "
-            "shrink(teacher, layers=...)."
+    def __init__(
+        self,
+        student: GPTModel,
+        teacher: Any,
+        weights: Sequence[float] | None,
+        soft: SoftLabels | None,
+        features: list[FeatureLoss],
+    ) -> None:
+        self.soft, self.teachers, self.shares = soft, (), (1.0,)
+        self.comparisons: list[Comparison] = []
+        self._cached = isinstance(teacher, CachedTeacher)
+        if self._cached:
+            teacher.check(student, soft, features)
+        else:
+            self.teachers = as_teachers(teacher)
+            self.shares = teacher_shares(weights, len(self.teachers))
+            for one in self.teachers:
+                check_same_tokens(student, one)
+            self.comparisons = [Comparison(loss, student, self.teachers[0]) for loss in features]
+        own, others = (
+            [tap for x in self.comparisons for tap in getattr(x, taps)]
+            for taps in ("student_taps", "teacher_taps")
         )
-    sizes = student.config.vocab_size, teacher.config.vocab_size
-    if sizes[0] != sizes[1]:
+        self.student = forward_with_taps(student, own)
+        # the compiled loops of training are the faster ones, the same function without dropout
+        self._forwards = [
+            (
+                forward_with_taps(one, () if i else others, logits=soft is not None),
+                not (one.config.dropout or one.recompute or _is_wrapped(one)),
+            )
+            for i, one in enumerate(self.teachers if soft else self.teachers[:1])
+        ]
+
+    def teach(self, x: Any) -> tuple[Logits | TopK | None, Any, dict[str, tf.Tensor]]:
+        """For a batch: the target of the soft labels, where it comes from if that is known, and
+        what lies inside the first teacher."""
+        if self._cached:
+            target = CachedTeacher.target(x)
+            return target, target, {}
+        token_ids = x["token_ids"] if isinstance(x, dict) else x
+        outputs = [forward(token_ids, training) for forward, training in self._forwards]
+        taps = outputs[0][1]
+        if self.soft is None:
+            return None, None, taps
+        logits = tuple(tf.stop_gradient(logits) for logits, _ in outputs)
+        heads = [getattr(logits, "head", None) for logits, _ in outputs]
+        return Logits(logits, self.shares), None if None in heads else heads, taps
+
+
+def _is_wrapped(model: GPTModel) -> bool:
+    return any(isinstance(layer, keras.layers.Wrapper) for layer in model.layers)
+
+
+def _sort(losses: Sequence[Loss]) -> tuple[SoftLabels | None, list[FeatureLoss]]:
+    """The soft labels, and the losses on features."""
+    for loss in losses:
+        if not isinstance(loss, Loss):
+            raise UserError(
+                "losses are SoftLabels, HiddenStates, AttentionMaps and Relations. "
+                f"Received: {loss!r}."
+            )
+    names = [loss.NAME for loss in losses]
+    if not losses or len(set(names)) < len(names):
         raise UserError(
-            "Student and teacher must share one vocabulary. Received: student "
-            f"vocab_size={sizes[0]}, teacher vocab_size={sizes[1]}. Build the student with "
-            f"vocab_size={sizes[1]} and the teacher's tokenizer."
+            "losses hold one to four losses, one of a kind; several pairs of blocks go into one "
+            f"layer_map. Received: {list(losses)}."
         )
-    prints = [getattr(m.tokenizer, "fingerprint", None) for m in (student, teacher)]
-    if all(prints) and prints[0] != prints[1]:
-        raise UserError(
-            "Student and teacher carry different tokenizers (fingerprints "
-            f"{prints[0][:12]} and {prints[1][:12]}), so their logits do not mean the same tokens. "
-            "Train the student on the teacher's tokenizer."
-        )
+    soft = [loss for loss in losses if isinstance(loss, SoftLabels)]
+    return (soft[0] if soft else None), [loss for loss in losses if loss not in soft]
+
+
+def _token_mean(y: Any, y_pred: tf.Tensor, sample_weight: Any) -> tuple[tf.Tensor, Any]:
+    """Weights `(batch, time)` float32, 0 where there is no label; and what makes a weighted sum
+    over them the mean over the labelled tokens of all replicas, this one's share of it."""
+    labelled = tf.cast(tf.reshape(y, tf.shape(y_pred)[:2]) >= 0, tf.float32)
+    tokens = tf.reduce_sum(labelled)
+    replica = tf.distribute.get_replica_context()
+    replicas = replica.num_replicas_in_sync
+    if replicas > 1:
+        tokens = replica.all_reduce(tf.distribute.ReduceOp.MEAN, tokens)
+    weights = labelled
+    if sample_weight is not None:
+        weight = tf.cast(sample_weight, tf.float32)
+        weights *= weight if weight.shape.rank == 2 else tf.reshape(weight, [-1, 1])
+    # Keras sums gradients over replicas and has divided the compiled loss for it; so do we
+    return weights, lambda total: tf.math.divide_no_nan(total, tokens) / replicas
