@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -79,17 +78,12 @@ def test_the_shape_of_a_folder(tmp_path):
     assert found[0]["step"]["sequence_length"] == 64
 
 
-def test_it_answers_at_once_without_tensorflow():
+def test_it_needs_no_tensorflow():
     words = ("--preset", "gpt2-xl", "--devices", 8, "--memory", "16GB")
-    seconds = []
-    for _ in range(10):  # the best of ten: the machine may be busy with other work
-        began = time.perf_counter()
-        assert run_plan(*words).returncode == 0
-        seconds.append(time.perf_counter() - began)
-        if seconds[-1] < 0.7:
-            break
-    assert min(seconds) < 0.7
-    assert "tensorflow" not in run_plan(*words, PYTHONPROFILEIMPORTTIME="1").stderr
+    done = run_plan(*words, PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0
+    assert "tf_gptopt.training.plan" in done.stderr
+    assert "tensorflow" not in done.stderr
 
 
 @pytest.mark.parametrize(

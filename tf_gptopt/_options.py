@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from tf_gptopt._errors import UserError, suggest
@@ -13,7 +14,7 @@ class Options:
     def __init__(self, name: str, description: str) -> None:
         from jsonargparse import ArgumentParser
 
-        self.name = name
+        self.name, self.description = name, description
         self.parser = ArgumentParser(
             prog=f"tf-gptopt {name}", description=f"{description}.", exit_on_error=False
         )
@@ -32,7 +33,7 @@ class Options:
         except UserError:
             raise
         except (ArgumentError, TypeError, ValueError) as error:
-            raise UserError(self._advice(" ".join(str(error).split()))) from None
+            raise UserError(self._advice(one_line(error))) from None
         if section is None:
             return options, None
         import dataclasses
@@ -49,24 +50,36 @@ class Options:
         return f"{message.rstrip('.')}. See `tf-gptopt {self.name} --help`."
 
 
+# How jsonargparse begins about a section that may be None
+_SECTION_OR_NONE = re.compile(r"Union subtypes Subtypes: \[<class 'tf_gptopt[^]]*\] Errors: - ")
+
+
+def one_line(error: BaseException) -> str:
+    """A parser's complaint without line breaks; about a section that may be left out, the part
+    that says what is wrong inside."""
+    message = " ".join(str(error).split())
+    if sections := list(_SECTION_OR_NONE.finditer(message)):
+        message = message[sections[-1].end() :].partition(" - Expected a <class 'NoneType'>")[0]
+    return re.sub(r"Problem with given class_path \S+ ", "", message)
+
+
 def spelt_out(argv: list[str], section: type) -> list[str]:
-    """A training's options may be written short: `--mesh M --profile` is `--fit.mesh M
-    --fit.profile true`."""
+    """A training's options may be written short, and what is true needs no value:
+    `--mesh M --profile` is `--fit.mesh M --fit.profile true`."""
     import dataclasses
 
     fit = getattr(section, "fit", None)
-    if fit is None:
-        return argv
-    short = {field.name: field.default for field in dataclasses.fields(fit)}
-    del short["seed"]  # the stage has one of its own
+    short = {field.name: field.default for field in dataclasses.fields(fit)} if fit else {}
+    short.pop("seed", None)  # the stage has one of its own
+    own = {field.name: field.default for field in dataclasses.fields(section)}
     spelt = []
     for word, following in zip(argv, [*argv[1:], "--"], strict=True):
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        if not flag.startswith("--") or name not in short:
+        if not flag.startswith("--") or name not in short | own:
             spelt.append(word)
             continue
-        spelt.append(f"--fit.{name}{equals}{value}")
-        if isinstance(short[name], bool) and not equals and following.startswith("--"):
+        spelt.append(f"--{name}{equals}{value}" if name in own else f"--fit.{name}{equals}{value}")
+        if isinstance((short | own)[name], bool) and not equals and following.startswith("--"):
             spelt.append("true")
     return spelt

@@ -12,12 +12,12 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from tf_gptopt._errors import UserError, suggest
-from tf_gptopt._options import Options, spelt_out
+from tf_gptopt._options import Options
 from tf_gptopt._startup import load_tensorflow
 from tf_gptopt._version import __version__
+from tf_gptopt.recipes.stage_command import DATASET, MODEL, STAGES, existing, stage_command
 
 COMMANDS = {
     "run": "the main job: text -> teacher -> student -> pruned -> int8 .tflite, measured",
@@ -25,8 +25,9 @@ COMMANDS = {
     "tokenizer": "train a byte-level BPE tokenizer",
     "dataset": "encode, split and pack a corpus",
     "train": "train a GPT from scratch",
-    "distill": "distill a model into a shallower one",
-    "prune": "prune a model by magnitude while it trains on",
+    "distill": "distill a model into a smaller one, at once or in rounds",
+    "shrink": "remove heads, neurons, layers or channels for real",
+    "prune": "zero the weights that matter least, at once or while training on",
     "qat": "quantization-aware training",
     "export": "write an int8 .tflite file with a KV cache",
     "evaluate": "compare models and files: quality, size, speed",
@@ -71,7 +72,10 @@ def _dispatch(argv: list[str]) -> int:
     name, *rest = argv
     if name not in COMMANDS:
         raise UserError(f"Unknown command {name!r}.{suggest(name, COMMANDS)}")
-    return globals()[f"_{name}"](Options(name, COMMANDS[name]), rest)
+    options = Options(name, COMMANDS[name])
+    if name in STAGES:
+        return stage_command(options, rest)
+    return globals()[f"_{name}"](options, rest)
 
 
 def _help() -> str:
@@ -157,88 +161,6 @@ def _generate(options: Options, argv: list[str]) -> int:
     return 0
 
 
-def _stage(options: Options, argv: list[str], section: type, inputs: dict[str, str]) -> int:
-    """A stage on its own: folders in by name, its section's fields as options, a folder out.
-
-    `inputs` maps the stage function's parameters to the help of their option.
-    """
-    from tf_gptopt.recipes.recipe import CorpusSection
-
-    takes_corpus = "corpus" in inputs
-    if takes_corpus:
-        options.add("--data", nargs="+", default=[], help=inputs.pop("corpus"))
-        options.add("--text-field", default="text", help="the field of .jsonl lines with the text")
-    flags = {name: name.removesuffix("_folder") for name in inputs}
-    for name, text in inputs.items():
-        options.add(f"--{flags[name]}", required=True, help=text)
-    options.add("--out", required=True, help="the folder to write")
-    options.add("--seed", type=int, default=0, help="fixes everything random")
-    options.section(section)
-    if hasattr(section, "fit"):
-        options.parser.epilog = "--steps is short for --fit.steps, and so on."
-    given, values = options.parse(spelt_out(argv, section), section)
-    found: dict[str, Any] = {name: _existing(given[flag]) for name, flag in flags.items()}
-    if takes_corpus:
-        found["corpus"] = CorpusSection(tuple(given.data), given.text_field)
-    from tf_gptopt.recipes.console import Console
-    from tf_gptopt.recipes.runner import find_stage, locked, run_stage
-
-    out = Path(given.out)
-    with locked(out):
-        function = find_stage(options.name)
-        run_stage(function, values, found, out, given.seed, Console(), COMMANDS[options.name])
-    return 0
-
-
-CORPUS = "text files, .jsonl files or folders (default: Python's standard library)"
-DATASET = "a folder that `tf-gptopt dataset` wrote"
-MODEL = "a folder with a model: any stage's, or a Hugging Face GPT-2 checkpoint"
-
-
-def _tokenizer(options: Options, argv: list[str]) -> int:
-    from tf_gptopt.recipes.recipe import TokenizerSection
-
-    return _stage(options, argv, TokenizerSection, {"corpus": CORPUS})
-
-
-def _dataset(options: Options, argv: list[str]) -> int:
-    from tf_gptopt.recipes.recipe import DatasetSection
-
-    inputs = {"corpus": CORPUS, "tokenizer_folder": "a folder with tokenizer.json"}
-    return _stage(options, argv, DatasetSection, inputs)
-
-
-def _train(options: Options, argv: list[str]) -> int:
-    from tf_gptopt.recipes.recipe import TrainSection
-
-    return _stage(options, argv, TrainSection, {"dataset_folder": DATASET})
-
-
-def _distill(options: Options, argv: list[str]) -> int:
-    from tf_gptopt.recipes.recipe import DistillSection
-
-    inputs = {"teacher_folder": MODEL, "dataset_folder": DATASET}
-    return _stage(options, argv, DistillSection, inputs)
-
-
-def _prune(options: Options, argv: list[str]) -> int:
-    from tf_gptopt.recipes.recipe import PruneSection
-
-    return _stage(options, argv, PruneSection, {"model_folder": MODEL, "dataset_folder": DATASET})
-
-
-def _qat(options: Options, argv: list[str]) -> int:
-    from tf_gptopt.recipes.recipe import QatSection
-
-    return _stage(options, argv, QatSection, {"model_folder": MODEL, "dataset_folder": DATASET})
-
-
-def _export(options: Options, argv: list[str]) -> int:
-    from tf_gptopt.recipes.recipe import ExportSection
-
-    return _stage(options, argv, ExportSection, {"model_folder": MODEL})
-
-
 def _evaluate(options: Options, argv: list[str]) -> int:
     options.add("models", nargs="+", help="folders and .tflite files; the first is the reference")
     options.add("--dataset", required=True, help=DATASET)
@@ -246,8 +168,8 @@ def _evaluate(options: Options, argv: list[str]) -> int:
     options.add("--tokens", type=int, default=32768, help="held-out tokens to score")
     options.add("--threads", type=int, default=None, help="processor threads (default: all)")
     given, _ = options.parse(argv)
-    models = [_existing(model) for model in given.models]
-    dataset = _existing(given.dataset)
+    models = [existing(model) for model in given.models]
+    dataset = existing(given.dataset)
     load_tensorflow()
     from tf_gptopt.data.dataset import TokenDataset
     from tf_gptopt.evaluation.compare import evaluate
@@ -309,7 +231,7 @@ def _plan(options: Options, argv: list[str]) -> int:
     given, _ = options.parse(argv)
     if (given.preset is None) == (given.model is None):
         raise UserError("Name one model: --preset gpt2, or --model FOLDER.")
-    shape = preset(given.preset) if given.preset else folder_shape(_existing(given.model))
+    shape = preset(given.preset) if given.preset else folder_shape(existing(given.model))
     step = Step(
         given.batch_size,
         given.sequence_length or shape.max_sequence_length,
@@ -331,9 +253,3 @@ def _plan(options: Options, argv: list[str]) -> int:
     for line in explain(found):
         console.note(line)
     return 0
-
-
-def _existing(path: str) -> Path:
-    if not Path(path).exists():
-        raise UserError(f"{path} does not exist. Check the path.")
-    return Path(path)

@@ -50,6 +50,13 @@ class Console:
             self._said.add(text)
             self.note(text)
 
+    def progress(self, done: int, total: int, what: str) -> None:
+        """Some of a long computation was done; a line every ten seconds."""
+        now = time.monotonic()
+        if now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self.note(f"{done:,} of {total:,}  {what}")
+
     def step(self, report: StepReport) -> None:
         """A training step was done; `on_progress` of the trainer."""
         text = str(report)

@@ -1,175 +1,33 @@
 """A recipe: every number of a run in one small readable file. Needs no TensorFlow.
 
-A recipe has one section per stage, in the order in which they run. Each section is the
-configuration of the stage function of that name, and its defaults are the main job's values, so a
-recipe says only what differs. `load_recipe("quick.yaml", {"train.fit.steps": 50})` reads one.
+A recipe has one section per stage, in the order in which they run (`sections.py`). Their defaults
+are the main job's values, so a recipe says only what differs, and `prune: null` leaves a stage out.
+`load_recipe("quick.yaml", {"train.fit.steps": 50})` reads one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from tf_gptopt._errors import UserError, suggest
-from tf_gptopt.compression.distillation.config import DistillConfig
-from tf_gptopt.compression.pruning.config import PruneConfig
-from tf_gptopt.compression.quantization.config import QuantConfig
-from tf_gptopt.training.config import TrainConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class CorpusSection:
-    """Where the text comes from.
-
-    Args:
-        paths: text files, .jsonl files or folders; empty means the source code of the running
-            Python's standard library.
-        text_field: the field of a .jsonl line that holds its text.
-    """
-
-    paths: tuple[str, ...] = ()
-    text_field: str = "text"
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerSection:
-    """The byte-level BPE tokenizer.
-
-    Args:
-        vocab_size: entries, of which 256 are bytes and one ends a document.
-    """
-
-    vocab_size: int = 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetSection:
-    """Packed tokens, split by document.
-
-    Args:
-        sequence_length: tokens a training example holds, the context of the model.
-        valid_fraction: share of the documents that is held out.
-    """
-
-    sequence_length: int = 256
-    valid_fraction: float = 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSection:
-    """The teacher's shape; vocabulary and context come from the tokenizer and the dataset.
-
-    Args:
-        embedding_dim: width of the residual stream.
-        num_layers: number of blocks.
-        num_heads: attention heads.
-        intermediate_dim: neurons of the MLP; default 4 x width.
-        dropout: rate after embeddings, in attention and after each residual branch.
-        tie_embeddings: whether the logits use the token table.
-    """
-
-    embedding_dim: int = 192
-    num_layers: int = 4
-    num_heads: int = 6
-    intermediate_dim: int | None = None
-    dropout: float = 0.0
-    tie_embeddings: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSection:
-    """Train the teacher.
-
-    Args:
-        model: its shape.
-        fit: its training.
-    """
-
-    model: ModelSection = ModelSection()
-    fit: TrainConfig = TrainConfig(steps=600, learning_rate=2e-3)
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillSection:
-    """Distill a student that starts as some of the teacher's blocks.
-
-    Args:
-        layers: how many blocks the student keeps.
-        soft_labels: temperature and weight of the teacher's distribution.
-        fit: its training.
-    """
-
-    layers: int = 2
-    soft_labels: DistillConfig = DistillConfig()
-    fit: TrainConfig = TrainConfig(steps=300, learning_rate=1e-3)
-
-
-@dataclasses.dataclass(frozen=True)
-class PruneSection:
-    """Prune the student by magnitude while it trains on.
-
-    Args:
-        pruning: how much, where and along which schedule.
-        fit: its training; it must be long enough to reach the end of the schedule.
-    """
-
-    pruning: PruneConfig = PruneConfig(end_step=100)
-    fit: TrainConfig = TrainConfig(steps=150, learning_rate=5e-4)
-
-    def __post_init__(self) -> None:
-        if self.pruning.schedule == "polynomial" and self.pruning.end_step > self.fit.steps:
-            raise UserError(
-                "The pruning schedule must end before its training does. Received: "
-                f"pruning.end_step={self.pruning.end_step}, fit.steps={self.fit.steps}."
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class QatSection:
-    """Quantization-aware training, keeping the zeros of the pruning.
-
-    Args:
-        quantization: the scheme that training sees and the file will hold.
-        fit: its training.
-    """
-
-    quantization: QuantConfig = QuantConfig()
-    fit: TrainConfig = TrainConfig(steps=100, learning_rate=2e-4)
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportSection:
-    """The .tflite file.
-
-    Args:
-        quantization: the file's scheme; after quantization-aware training, the same as there.
-    """
-
-    quantization: QuantConfig = QuantConfig()
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateSection:
-    """What is measured, and how long.
-
-    Args:
-        tokens: held-out tokens that every model is scored on.
-        speed_tokens: tokens generated to time decoding.
-        threads: processor threads; default all.
-        tolerance: how much worse than the teacher's perplexity a recommended file may be
-            (0.1 = 10%).
-        prompt: what the finished file is asked to complete.
-    """
-
-    tokens: int = 32768
-    speed_tokens: int = 64
-    threads: int | None = None
-    tolerance: float = 0.1
-    prompt: str = "def __init__(self"
+from tf_gptopt._options import one_line
+from tf_gptopt.recipes.sections import (
+    CorpusSection,
+    DatasetSection,
+    DistillSection,
+    EvaluateSection,
+    ExportSection,
+    PruneSection,
+    QatSection,
+    TokenizerSection,
+    TrainSection,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,10 +41,10 @@ class Recipe:
         tokenizer: the vocabulary.
         dataset: packing and split.
         train: the teacher.
-        distill: the student.
-        prune: the sparse student.
-        qat: the sparse student on its int8 grid.
-        export: the .tflite file.
+        distill: the student, or None without one.
+        prune: the sparse student, or None to leave it dense.
+        qat: the student on its int8 grid, or None to leave that to the export.
+        export: the .tflite file, of the last model before it.
         evaluate: the measurements.
     """
 
@@ -196,9 +54,9 @@ class Recipe:
     tokenizer: TokenizerSection = TokenizerSection()
     dataset: DatasetSection = DatasetSection()
     train: TrainSection = TrainSection()
-    distill: DistillSection = DistillSection()
-    prune: PruneSection = PruneSection()
-    qat: QatSection = QatSection()
+    distill: DistillSection | None = DistillSection()
+    prune: PruneSection | None = PruneSection()
+    qat: QatSection | None = QatSection()
     export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
 
@@ -243,15 +101,10 @@ def load_recipe(
 
 def parse_override(text: str) -> tuple[str, Any]:
     """`"prune.pruning.sparsity=0.7"` -> `("prune.pruning.sparsity", 0.7)`; the value is YAML."""
-    import yaml
-
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"--set takes key=value, such as train.fit.steps=200. Received: {text!r}.")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"The value of {key} is not valid YAML. Received: {value!r}.") from None
+    return key.strip(), _load_yaml(value, f"The value of {key}, {value!r},")
 
 
 def packaged_recipes() -> list[str]:
@@ -290,10 +143,21 @@ def _parse(text: str, name: str) -> Any:
             return tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{name} is not valid TOML: {error}.") from None
+    return _load_yaml(text, name) or {}
+
+
+def _load_yaml(text: str, name: str) -> Any:
+    """YAML 1.2 in that `2:4` is a text; 1.1 takes it for minutes and seconds, 124."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def resolve(self, kind: type, value: str, implicit: Any) -> str:
+            tag = super().resolve(kind, value, implicit)
+            number = tag.endswith((":int", ":float"))
+            return self.DEFAULT_SCALAR_TAG if number and ":" in value else tag
+
     try:
-        return yaml.safe_load(text) or {}
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}.") from None
 
@@ -301,25 +165,33 @@ def _parse(text: str, name: str) -> Any:
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        if values.get(parent) is None or values[parent] is False:  # the stage was left out
+            values[parent] = {}
+        values = values[parent]
         if not isinstance(values, dict):
             raise UserError(f"{key} cannot be set: {parent} is a value, not a section.")
     values[last] = value
 
 
-def _check_keys(values: Mapping[str, Any], config: type, where: str) -> None:
+def _check_keys(values: dict[str, Any], config: type, where: str) -> None:
     """Unknown keys first, because a near match is worth more than a parser's complaint."""
-    fields = {field.name: field for field in dataclasses.fields(config)}
+    hints = typing.get_type_hints(config)
     for key, value in values.items():
-        if key not in fields:
-            known = [f"{where}{name}" for name in fields]
-            raise UserError(f"Unknown recipe key '{where}{key}'.{suggest(f'{where}{key}', known)}")
-        default = fields[key].default
-        if not dataclasses.is_dataclass(default):
+        name = f"{where}{key}"
+        if key not in hints:
+            raise UserError(
+                f"Unknown recipe key {name!r}.{suggest(name, [where + hint for hint in hints])}"
+            )
+        kinds = typing.get_args(hints[key]) or (hints[key],)
+        section = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        if section is None:
             continue
-        if not isinstance(value, Mapping):
-            raise UserError(f"'{where}{key}' is a section of keys. Received: {value!r:.60}.")
-        _check_keys(value, type(default), f"{where}{key}.")
+        if type(None) in kinds and (value is None or value is False):  # TOML has no null
+            values[key] = None
+        elif isinstance(value, dict):
+            _check_keys(value, section, f"{name}.")
+        else:
+            raise UserError(f"{name!r} is a section of keys. Received: {value!r:.60}.")
 
 
 def _build(values: dict[str, Any]) -> Recipe:
@@ -334,8 +206,3 @@ def _build(values: dict[str, Any]) -> Recipe:
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(f"The recipe has a value that cannot be: {one_line(error)}") from None
     return Recipe(**{name: parsed[name] for name in inspect.signature(Recipe).parameters})
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message without its line breaks."""
-    return " ".join(str(error).split())

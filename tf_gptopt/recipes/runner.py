@@ -27,7 +27,8 @@ from tf_gptopt._startup import load_tensorflow
 from tf_gptopt._version import __version__
 from tf_gptopt.data.corpus import corpus_files
 from tf_gptopt.recipes.console import Console, clock
-from tf_gptopt.recipes.recipe import CorpusSection, Recipe, plain
+from tf_gptopt.recipes.recipe import Recipe, plain
+from tf_gptopt.recipes.sections import CorpusSection
 from tf_gptopt.recipes.speak import SAMPLING, say, stream_completion
 from tf_gptopt.training.cluster import Alone, find_cluster, leads
 from tf_gptopt.training.config import ON_THE_WAY
@@ -35,11 +36,18 @@ from tf_gptopt.training.config import ON_THE_WAY
 METRICS = "metrics.json"
 KEY = "key.json"
 TRAINING = ("train", "distill", "prune", "qat")  # the stages that all workers do together
+TITLES = {
+    "distill": "teacher -> student",
+    "prune": "fewer weights",
+    "qat": "quantization-aware training",
+}
 Metrics = dict[str, Any]
 
 
 def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) -> Any:
     """The whole road: text -> tokenizer, dataset, train, distill, prune, qat, export, evaluate.
+
+    Each stage takes the last model before it; distill, prune and qat may be left out.
 
     Args:
         recipe: see `load_recipe`.
@@ -70,18 +78,18 @@ def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) 
         from tf_gptopt.evaluation.report import Report, rich_table
 
         stage("train", tokens, "a teacher, from scratch")
-        stage("distill", {"teacher_folder": out / "train", **tokens}, "teacher -> student")
-        stage("prune", {"model_folder": out / "distill", **tokens}, "magnitude pruning")
-        stage("qat", {"model_folder": out / "prune", **tokens}, "quantization-aware training")
-        stage("export", {"model_folder": out / "qat"}, "int8 TFLite")
-        candidates = [
-            Candidate("train", out / "train"),
-            Candidate("distill", out / "distill", "train"),
-            Candidate("prune", out / "prune", "distill"),
-            Candidate("qat", out / "qat", "distill"),
-            Candidate("export", out / "export" / "model.tflite", "distill"),
-        ]
-
+        candidates, last, dense = [Candidate("train", out / "train")], "train", "train"
+        for name in TITLES:
+            if getattr(recipe, name) is None:
+                continue
+            source = "teacher_folder" if name == "distill" else "model_folder"
+            stage(name, {source: out / last, **tokens}, TITLES[name])
+            candidates.append(Candidate(name, out / name, dense))
+            last = name
+            if name == "distill":  # what the next ones are to say as well
+                dense = name
+        stage("export", {"model_folder": out / last}, "int8 TFLite")
+        candidates.append(Candidate("export", out / "export" / "model.tflite", dense))
         stage("evaluate", {"candidates": candidates, **tokens}, "on the same held-out text")
         if not leads():
             return Report.from_dict(read_json(out / "evaluate" / "report.json"))
@@ -166,7 +174,10 @@ def find_stage(name: str) -> Callable[..., Metrics]:
         from tf_gptopt.recipes import text_stages as module
     else:
         load_tensorflow()
-        from tf_gptopt.recipes import model_stages as module
+        if name == "distill":
+            from tf_gptopt.recipes import distill_stage as module
+        else:
+            from tf_gptopt.recipes import model_stages as module
     return getattr(module, name)
 
 
@@ -186,6 +197,8 @@ def forget_other_key(out: Path, key: str) -> None:
     if not mark.exists() or read_json(mark) != key:
         (out / METRICS).unlink(missing_ok=True)
         remove_checkpoints(out)
+        for folder in out.glob("round-*"):
+            shutil.rmtree(folder)
         write_json(mark, key)
 
 
@@ -201,6 +214,8 @@ def stage_key(name: str, section: Any, inputs: Mapping[str, Any], seed: int) -> 
     for field in ON_THE_WAY:
         training.pop(field, None)
     parts = [name, values, seed, {k: _input_key(v) for k, v in sorted(inputs.items())}]
+    if teachers := getattr(section, "teachers", ()):
+        parts.append([_input_key(folder) for folder in teachers])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ from tf_gptopt.data.corpus import Corpus, load_corpus
 from tf_gptopt.data.packing import write_dataset
 from tf_gptopt.data.tokenizer import Tokenizer, train_tokenizer
 from tf_gptopt.recipes.console import Console
-from tf_gptopt.recipes.recipe import CorpusSection, DatasetSection, TokenizerSection
+from tf_gptopt.recipes.sections import CorpusSection, DatasetSection, TokenizerSection
 
 Metrics = dict[str, Any]
 

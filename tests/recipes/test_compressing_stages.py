@@ -1,0 +1,236 @@
+"""The stages that compress, each on its own: rounds, one shot, budgets, and what a kill leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tf_gptopt._errors import UserError
+from tf_gptopt._files import read_json
+from tf_gptopt.compression.distillation.config import DistillConfig
+from tf_gptopt.compression.pruning.config import PruneConfig
+from tf_gptopt.compression.structured.config import ShrinkConfig
+from tf_gptopt.recipes.console import Console
+from tf_gptopt.recipes.recipe import Recipe
+from tf_gptopt.recipes.runner import (
+    find_stage,
+    forget_other_key,
+    run_recipe,
+    run_stage,
+    stage_key,
+)
+from tf_gptopt.recipes.sections import (
+    CorpusSection,
+    DatasetSection,
+    DistillSection,
+    EvaluateSection,
+    ModelSection,
+    PruneSection,
+    ShrinkSection,
+    TokenizerSection,
+    TrainSection,
+)
+from tf_gptopt.training.config import TrainConfig
+
+QUIET = Console(quiet=True)
+SHORT = TrainConfig(steps=6, batch_size=4, learning_rate=1e-3)
+SAVING = dataclasses.replace(SHORT, steps=40, checkpoint_every=0.01, log_every=5)
+SMALL = ShrinkConfig(parameters=0.6, neuron_multiple=4, width_multiple=4)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Recipe:
+    """A road of two rounds without pruning, on some of the project's own sources."""
+    import tf_gptopt
+
+    corpus = tmp_path_factory.mktemp("corpus")
+    for i, path in enumerate(sorted(Path(tf_gptopt.__file__).parent.rglob("*.py"))[:30]):
+        (corpus / f"{i:03}.py").write_text(path.read_text("utf-8"), "utf-8")
+    return Recipe(
+        name="rounds",
+        corpus=CorpusSection((str(corpus),)),
+        tokenizer=TokenizerSection(300),
+        dataset=DatasetSection(16, 0.2),
+        train=TrainSection(ModelSection(24, 1, 3), SHORT),
+        distill=DistillSection(student=SMALL, rounds=2, calibration=8, fit=SAVING),
+        prune=None,
+        qat=None,
+        evaluate=EvaluateSection(tokens=512, speed_tokens=8, tolerance=10.0),
+    )
+
+
+@pytest.fixture(scope="module")
+def done(recipe, tmp_path_factory) -> Path:
+    """The folder of a whole run."""
+    out = tmp_path_factory.mktemp("runs") / "done"
+    run_recipe(recipe, out, QUIET)
+    return out
+
+
+@pytest.fixture
+def stage(done, tmp_path) -> Callable[..., tuple[Path, dict[str, Any]]]:
+    """`stage("prune", section)`: its folder and metrics; it reads the trained model."""
+
+    def run(name: str, section: Any, out: Path | None = None, model: Path | None = None) -> Any:
+        out = out or tmp_path / name
+        source = "teacher_folder" if name == "distill" else "model_folder"
+        inputs = {source: model or done / "train", "dataset_folder": done / "dataset"}
+        return out, run_stage(find_stage(name), section, inputs, out, 0, QUIET)
+
+    return run
+
+
+def killed_when(moment: Callable[[], bool], done: Path, out: Path, *command: Any) -> None:
+    """Start a command, and SIGKILL it as soon as `moment` has come."""
+    words = [*command, "--dataset", done / "dataset", "--out", out]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tf_gptopt", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while child.poll() is None and not moment():
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    output, _ = child.communicate()
+    assert child.returncode == -signal.SIGKILL, output
+    assert not (out / "metrics.json").exists()
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def steps_saved(out: Path) -> list[Path]:
+    return list((out / "checkpoints").glob("step-*"))
+
+
+def test_rounds_shrink_by_equal_shares_and_leave_every_student(done):
+    metrics = json.loads((done / "distill" / "metrics.json").read_text())
+    teacher = json.loads((done / "train" / "metrics.json").read_text())["parameters"]
+    first, last = (one["parameters"] for one in metrics["rounds"])
+    assert 0.6 * teacher > last > 0.5 * teacher
+    assert 0.6**0.5 * teacher > first > 0.6 * teacher
+    assert metrics["parameters"] == last
+    from tf_gptopt.models.checkpoints import load_model
+
+    assert load_model(done / "distill" / "round-1").count_params() == first
+    assert load_model(done / "distill").count_params() == last
+    assert not list((done / "distill").rglob("checkpoints"))
+
+
+def test_stages_that_are_left_out(done):
+    assert not (done / "prune").exists()
+    assert not (done / "qat").exists()
+    report = json.loads((done / "report.json").read_text())
+    rows = {row["name"]: row["reference"] for row in report["rows"]}
+    assert rows == {"train": None, "distill": "train", "export": "distill"}
+    sizes = {row["name"]: row["size"]["parameters"] for row in report["rows"]}
+    assert sizes["distill"] < sizes["train"]
+
+
+def test_killed_in_the_second_round(done, tmp_path, stage, recipe):
+    out = tmp_path / "distill"
+    options = {
+        "student.parameters": 0.6, "student.neuron_multiple": 4, "student.width_multiple": 4,
+        "rounds": 2, "calibration": 8, "steps": 40, "batch_size": 4, "checkpoint_every": 0.01,
+        "log_every": 5,
+    }  # fmt: skip
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    teacher = ["--teacher", done / "train"]
+    killed_when(lambda: bool(steps_saved(out)), done, out, "distill", *teacher, *words)
+    first = (out / "round-1" / "metrics.json").stat().st_mtime_ns
+    _, metrics = stage("distill", recipe.distill, out)
+    assert metrics["key"] == json.loads((done / "distill" / "metrics.json").read_text())["key"]
+    assert (out / "round-1" / "metrics.json").stat().st_mtime_ns == first  # not trained again
+    assert weights(out) == weights(done / "distill")
+    assert weights(out / "round-1") == weights(done / "distill" / "round-1")
+
+
+def test_killed_amid_adaptive_pruning_by_taylor(done, tmp_path, stage):
+    pruning = PruneConfig(
+        0.6, score="taylor", schedule="adaptive", frequency=6, end_step=30, refresh=5,
+        tolerance=0.2, increment=0.2,
+    )  # fmt: skip
+    section = PruneSection(pruning, calibration=8, fit=SAVING)
+    undisturbed, metrics = stage("prune", section)
+    out = tmp_path / "killed"
+    options = {
+        "pruning.sparsity": 0.6, "pruning.score": "taylor", "pruning.schedule": "adaptive",
+        "pruning.frequency": 6, "pruning.end_step": 30, "pruning.refresh": 5,
+        "pruning.tolerance": 0.2, "pruning.increment": 0.2, "calibration": 8, "steps": 40,
+        "batch_size": 4, "checkpoint_every": 0.01, "log_every": 5,
+    }  # fmt: skip
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+
+    def amid() -> bool:
+        return any(path.name >= "step-00000008" for path in steps_saved(out))
+
+    killed_when(amid, done, out, "prune", "--model", done / "train", *words)
+    _, again = stage("prune", section, out)
+    assert again["key"] == metrics["key"]
+    assert weights(out) == weights(undisturbed)
+    assert 0 < again["sparsity"] == metrics["sparsity"] <= 0.6
+
+
+def test_a_changed_stage_forgets_its_rounds(done, tmp_path):
+    out = tmp_path / "distill"
+    shutil.copytree(done / "distill", out)
+    forget_other_key(out, read_json(out / "key.json"))
+    assert (out / "round-1").exists()
+    forget_other_key(out, "another")
+    assert not (out / "round-1").exists()
+
+
+def test_pruning_at_once_trains_nothing(stage):
+    pruning = PruneConfig(score="wanda", pattern="2:4", end_step=100)
+    out, metrics = stage("prune", PruneSection(pruning, calibration=4, one_shot=True))
+    assert metrics["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert "loss" not in metrics
+    assert weights(out)
+
+
+def test_a_sparse_teacher_hands_its_zeros_down(stage):
+    sparse, _ = stage("prune", PruneSection(PruneConfig(0.7), one_shot=True))
+    section = DistillSection(layers=1, fit=SHORT)
+    _, metrics = stage("distill", section, model=sparse)
+    kernels = 12 * 24 * 24  # of the block that is left
+    assert metrics["parameters"] - metrics["nonzero"] == pytest.approx(0.7 * kernels, rel=0.01)
+
+
+def test_shrinking_alone(stage):
+    out, metrics = stage("shrink", ShrinkSection(SMALL, calibration=4))
+    assert weights(out)
+    with pytest.raises(UserError, match=r"--target\.parameters"):
+        ShrinkSection()
+    assert metrics["parameters"] == metrics["nonzero"]
+
+
+def test_students_of_several_teachers_and_of_logits_on_disk(done, stage):
+    section = DistillSection(
+        layers=1, teachers=(str(done / "distill"),), distillation=DistillConfig(top_k=5), fit=SHORT
+    )
+    out, metrics = stage("distill", section)
+    assert metrics["loss"] > 0
+    assert not (out / "checkpoints").exists()  # nor the logits in it
+    keys = [
+        stage_key("distill", dataclasses.replace(section, teachers=teachers), {}, 0)
+        for teachers in ((), (str(done / "distill"),), (str(done / "distill" / "round-1"),))
+    ]
+    assert len(set(keys)) == 3
+
+
+def test_rounds_towards_a_number_of_weights_remove_a_third_at_most(stage):
+    section = DistillSection(student=ShrinkConfig(parameters=4000), rounds=2, fit=SHORT)
+    with pytest.raises(UserError, match="Take rounds="):
+        stage("distill", section)
