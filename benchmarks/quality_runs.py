@@ -1,0 +1,206 @@
+"""The techniques that benchmarks/quality.py compares: each a function from a laboratory to a plain
+model. All that train on get the same tokens in the same order, `tune_steps` steps of them or twice
+as many."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality_lab import Lab
+from tf_gptopt.compression.distillation.distiller import Distiller
+from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
+from tf_gptopt.compression.pruning.config import PruneConfig
+from tf_gptopt.compression.pruning.pruner import prune, strip_pruning
+from tf_gptopt.compression.structured.config import ShrinkConfig
+from tf_gptopt.compression.structured.shrinking import shrink
+from tf_gptopt.models.gpt import GPTModel
+
+SCORES = ("random", "magnitude", "gradient", "taylor", "wanda", "sparsegpt")
+SPARSITIES = (0.3, 0.5, 0.7, 0.9)
+TUNE_RATE, DISTILL_RATE = 5e-4, 1e-3
+THIRD = 0.67  # of the parameters stay
+ROUNDS = 2
+STUDENT_SEEDS = (0, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A row of the table.
+
+    Args:
+        name: its folder's name.
+        group: what it is compared with.
+        make: makes the model; takes the laboratory, the run's folder and `settings`.
+        settings: what tells it from its group.
+    """
+
+    name: str
+    group: str
+    make: Callable[..., GPTModel]
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def parent(lab: Lab, folder: Path) -> GPTModel:
+    return lab.parent
+
+
+def continued(lab: Lab, folder: Path, times: int) -> GPTModel:
+    """The parent, trained on as the others are: what those tokens alone are worth."""
+    model = lab.parent
+    lab.fit(model, times * lab.scale.tune_steps, TUNE_RATE, folder)
+    return model
+
+
+def pruned(lab: Lab, folder: Path, **config: Any) -> GPTModel:
+    """At one stroke, without training."""
+    config = PruneConfig(schedule="constant", seed=lab.scale.seed, **config)
+    return strip_pruning(prune(lab.parent, config, lab.calibration))
+
+
+def pruned_and_tuned(lab: Lab, folder: Path, **config: Any) -> GPTModel:
+    """Along the cubic schedule over two thirds of the training; SparseGPT, which moves weights when
+    it removes others, at its beginning."""
+    schedule = "constant" if config.get("score") == "sparsegpt" else "cubic"
+    steps, seed = lab.scale.tune_steps, lab.scale.seed
+    end = steps * 2 // 3
+    config = PruneConfig(schedule=schedule, end_step=end, frequency=5, seed=seed, **config)
+    sparse = prune(lab.parent, config, lab.calibration)
+    lab.fit(sparse, steps, TUNE_RATE, folder, pruning_callbacks(sparse))
+    return strip_pruning(sparse)
+
+
+def adaptively_pruned(lab: Lab, folder: Path, tolerance: float) -> GPTModel:
+    """As sparse as the tolerance allows; four times the others' tokens, for it has to try."""
+    steps = 4 * lab.scale.tune_steps
+    config = PruneConfig(
+        sparsity=0.95, schedule="adaptive", end_step=steps, frequency=25, tolerance=tolerance
+    )
+    sparse = prune(lab.parent, config)
+    watch = pruning_callbacks(sparse, lab.data.batches("valid", 8, max_batches=8))
+    lab.fit(sparse, steps, TUNE_RATE, folder, watch)
+    return strip_pruning(sparse)
+
+
+def shrunk(lab: Lab, folder: Path, **target: Any) -> GPTModel:
+    """Smaller, without training."""
+    return shrink(lab.parent, ShrinkConfig(**target), lab.calibration)
+
+
+def distilled(lab: Lab, folder: Path, rounds: int = 1, **target: Any) -> GPTModel:
+    """Smaller, then taught by the parent; in several rounds, each takes its share of the way."""
+    teacher = student = lab.parent
+    for done in range(1, rounds + 1):
+        share = target["parameters"] ** (done / rounds) / _share(student, teacher)
+        goal = ShrinkConfig(**{**target, "parameters": share})
+        student = shrink(student, goal, lab.calibration)
+        student = _taught(
+            lab, student, teacher, folder / f"round_{done}", 2 * lab.scale.tune_steps // rounds
+        )
+    return student
+
+
+def from_scratch(lab: Lab, folder: Path, like: str) -> GPTModel:
+    """The shape of another run's model with random weights, on as many tokens as that one saw."""
+    import tf_gptopt.tflite.runtime as runtime
+
+    config = runtime.TFLiteGPT(lab.folder / like / "model.tflite").config
+    shape = {
+        name: getattr(config, name)
+        for name in (*dict(lab.scale.shape), "head_dim", "intermediate_dim")
+    }
+    model = lab.fresh(shape)
+    lab.fit(model, 2 * lab.scale.tune_steps, 2e-3, folder)
+    return model
+
+
+def half(lab: Lab, folder: Path, seed: int, taught: bool, **listening: Any) -> GPTModel:
+    """Every other block of the parent, taught by it or by the labels alone."""
+    student = shrink(lab.parent, layers=lab.parent.config.num_layers // 2)
+    if taught:
+        return _taught(
+            lab, student, lab.parent, folder, 2 * lab.scale.tune_steps, seed, **listening
+        )
+    lab.fit(student, 2 * lab.scale.tune_steps, DISTILL_RATE, folder, seed=seed)
+    return student
+
+
+def _taught(
+    lab: Lab,
+    student: GPTModel,
+    teacher: GPTModel,
+    folder: Path,
+    steps: int,
+    seed: int = 0,
+    **listening: Any,
+) -> GPTModel:
+    distiller = Distiller(student=student, teacher=teacher, **listening)
+    lab.fit(distiller, steps, DISTILL_RATE, folder, seed=seed)
+    return distiller.student
+
+
+def _share(model: GPTModel, whole: GPTModel) -> float:
+    return model.count_params() / whole.count_params()
+
+
+def runs() -> Iterator[Run]:
+    """Every run, those of the table of bounds first."""
+    yield Run("parent", "parent", parent)
+    yield Run("continued", "tuned", continued, {"times": 1})
+    for score in SCORES:
+        yield _prune(score, 0.5, tuned=False)
+    yield _prune("magnitude", 0.5)
+    for score in ("magnitude", "sparsegpt"):
+        yield _prune(score, 0.5, pattern="2:4")
+    for score in ("magnitude", "taylor"):
+        yield _prune(score, 0.7)
+    width = ("heads", "neurons", "width")
+    third = {"parameters": THIRD, "axes": width, "importance": "taylor"}
+    yield Run("third-distilled", "structured, tuned", distilled, third)
+    minitron = {**third, "rounds": ROUNDS}
+    yield Run("third-minitron", "structured, tuned", distilled, minitron)
+    yield Run("third-scratch", "structured, tuned", from_scratch, {"like": "third-minitron"})
+    for seed in STUDENT_SEEDS:
+        for taught in (True, False):
+            name = f"half-{'distilled' if taught else 'labels'}-{seed}"
+            yield Run(name, "half depth", half, {"seed": seed, "taught": taught})
+    yield Run("continued-long", "structured, tuned", continued, {"times": 2})
+
+    for sparsity in (0.3, 0.7, 0.9):
+        for score in SCORES:
+            yield _prune(score, sparsity, tuned=False)
+    for sparsity in SPARSITIES:
+        yield _prune("magnitude", sparsity, tuned=False, scope="global")
+    for pattern in ("2:4", "4:8", "16x1", "4x4"):
+        for score in ("magnitude", "wanda", "sparsegpt"):
+            yield _prune(score, 0.5, tuned=False, pattern=pattern)
+    for axes in (("heads",), ("neurons",), ("width",), ("layers",), width, (*width, "layers")):
+        for importance in ("activation", "taylor"):
+            target = {"parameters": 0.9, "axes": axes, "importance": importance}
+            yield Run(f"shrunk-{'-'.join(axes)}-{importance}", "structured", shrunk, target)
+    for sparsity in (0.5, 0.7, 0.9, 0.3):
+        for score in SCORES:
+            if (score, sparsity) not in (("magnitude", 0.5), ("magnitude", 0.7), ("taylor", 0.7)):
+                yield _prune(score, sparsity)
+    for sparsity in SPARSITIES:
+        yield _prune("magnitude", sparsity, scope="global")
+    for pattern in ("4:8", "16x1", "4x4"):
+        yield _prune("magnitude", 0.5, pattern=pattern)
+    yield Run("adaptive-2%", "tuned", adaptively_pruned, {"tolerance": 0.02})
+
+
+def _prune(
+    score: str,
+    sparsity: float,
+    tuned: bool = True,
+    pattern: str = "unstructured",
+    scope: str = "layer",
+) -> Run:
+    parts = [score, "" if scope == "layer" else scope, "" if pattern == "unstructured" else pattern]
+    name = "-".join([*filter(None, parts), f"{sparsity:.0%}"]).replace(":", "of")
+    settings = {"score": score, "sparsity": sparsity, "pattern": pattern, "scope": scope}
+    if tuned:
+        return Run(f"{name}-tuned", "tuned", pruned_and_tuned, settings)
+    return Run(name, "one-shot", pruned, settings)

@@ -1,0 +1,237 @@
+"""What benchmarks/quality.py says of its runs: a table, the bounds, decoding speed, plots."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality_lab import Lab
+from tf_gptopt._files import read_json, write_json
+
+Rows = dict[str, dict[str, Any]]
+ROUNDS, TOKENS = 7, 60
+COLUMNS = (
+    "parameters",
+    "non-zero",
+    "int8 MB",
+    "gzip MB",
+    "perplexity",
+    "change",
+    "top-1",
+    "KL",
+    "decode",
+)
+
+
+def bounds(rows: Rows) -> list[dict[str, Any]]:
+    """What we set out to reach, and what was reached: a row each, where its runs are done."""
+
+    def change(name: str) -> float:
+        return rows[name]["change"]
+
+    def perplexity(name: str) -> float:
+        return rows[name]["perplexity"]
+
+    def better(ours: str, theirs: str) -> float:
+        """By which share our perplexity is lower."""
+        return 1 - perplexity(ours) / perplexity(theirs)
+
+    def students(kind: str) -> float:
+        return statistics.mean(perplexity(f"half-{kind}-{seed}") for seed in (0, 1, 2))
+
+    ladder = ("sparsegpt", "wanda", "magnitude", "random")
+    two_four = [f"{score}-2of4-50%-tuned" for score in ("magnitude", "sparsegpt")]
+    wanted: list[tuple[str, str, Callable[[], tuple[Any, bool]]]] = [
+        (
+            "50% magnitude, schedule and fine-tuning",
+            "perplexity at most +2%",
+            lambda: at_most(change("magnitude-50%-tuned"), 0.02),
+        ),
+        (
+            "2:4, fine-tuned",
+            "at most +4%",
+            lambda: at_most(min(map(change, two_four)), 0.04),
+        ),
+        (
+            "one-shot 50%: SparseGPT < Wanda < magnitude < random",
+            "in this order",
+            lambda: in_order([perplexity(f"{score}-50%") for score in ladder]),
+        ),
+        (
+            "Taylor against magnitude at 70%, fine-tuned alike",
+            "better",
+            lambda: at_least(better("taylor-70%-tuned", "magnitude-70%-tuned"), 0.0),
+        ),
+        (
+            "structured, a third of the parameters gone, distilled",
+            "at most +5%",
+            lambda: at_most(change("third-distilled"), 0.05),
+        ),
+        (
+            "the same file's decoding against the parent's",
+            "at least 1.3x",
+            lambda: at_least(rows["third-distilled"]["decode_ratio"], 1.3),
+        ),
+        (
+            "the same by Minitron rounds against that shape from scratch, same tokens",
+            "better by at least 5%",
+            lambda: at_least(better("third-minitron", "third-scratch"), 0.05),
+        ),
+        (
+            "half the depth distilled against labels alone, same tokens, three seeds",
+            "better by at least 3%",
+            lambda: at_least(1 - students("distilled") / students("labels"), 0.03),
+        ),
+    ]
+    found = []
+    for what, bound, reach in wanted:
+        try:
+            reached, holds = reach()
+        except KeyError:  # a run that is not done yet
+            continue
+        found.append({"what": what, "bound": bound, "reached": reached, "holds": holds})
+    return found
+
+
+def at_most(value: float, limit: float) -> tuple[float, bool]:
+    return round(value, 5), value <= limit
+
+
+def at_least(value: float, limit: float) -> tuple[float, bool]:
+    return round(value, 5), value >= limit
+
+
+def in_order(values: list[float]) -> tuple[list[float], bool]:
+    return values, values == sorted(values) and len(set(values)) == len(values)
+
+
+def time_decoding(lab: Lab, rows: Rows) -> None:
+    """Adds `decode` (tokens per second) and `decode_ratio` (to the parent's int8 file, in turns) to
+    the rows. Files of one shape take the same time, whatever their weights are, so each shape is
+    timed once and kept."""
+    from tf_gptopt.evaluation.speed import measure_speed
+    from tf_gptopt.tflite.runtime import TFLiteGPT
+
+    def runtime(name: str) -> Any:
+        return TFLiteGPT(lab.folder / name / "model.tflite")
+
+    if "parent" not in rows:
+        return
+    parent = runtime("parent")
+    path = lab.folder / "decoding.json"
+    timed = read_json(path) if path.is_file() else {}
+    for name, row in rows.items():
+        child = runtime(name)
+        shape = str(child.config.to_dict())
+        if shape not in timed:
+            pairs = [
+                (
+                    measure_speed(child, tokens=TOKENS).decode,
+                    measure_speed(parent, tokens=TOKENS).decode,
+                )
+                for _ in range(ROUNDS)
+            ]
+            timed[shape] = {
+                "decode": round(statistics.median(ours for ours, _ in pairs)),
+                "decode_ratio": round(statistics.median(a / b for a, b in pairs), 3),
+            }
+            write_json(path, timed)
+        row.update(timed[shape])
+
+
+def print_table(corpus: str, outcome: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = (
+        "parameters",
+        "non-zero",
+        "int8 MB",
+        "gzip MB",
+        "perplexity",
+        "change",
+        "top-1",
+        "KL",
+    )
+    table = Table(corpus, *columns, "decode", "seconds", title=f"PyTorch: {outcome['pytorch']}")
+    for name, row in outcome["rows"].items():
+        table.add_row(name, *cells(row), f"{row['seconds']:,.0f}")
+    console = Console(width=150)
+    console.print(table)
+    for bound in outcome["bounds"]:
+        console.print(bound)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as the documentation prints it."""
+    return [
+        f"{row['parameters'] / 1e6:.2f} M",
+        f"{row['nonzero'] / 1e6:.2f} M",
+        f"{row['bytes'] / 1e6:.2f}",
+        f"{row['gzip_bytes'] / 1e6:.2f}",
+        f"{row['perplexity']:.2f}",
+        f"{row['change']:+.1%}",
+        f"{row['agreement']:.1%}",
+        f"{row['kl']:.4f}",
+        f"{row['decode_ratio']:.2f}x",
+    ]
+
+
+def plot(corpus: str, outcome: dict[str, Any], folder: Path) -> None:
+    """`quality-CORPUS.svg`: perplexity against the size of the packed int8 file, a line for each
+    technique."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "quality", "font.size": 9})
+    import matplotlib.pyplot as plt
+
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for name, row in outcome["rows"].items():
+        point = row["gzip_bytes"] / 1e6, row["perplexity"]
+        lines.setdefault(_line(name, row), []).append(point)
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    ceiling = 2 * outcome["rows"]["parent"]["perplexity"]
+    for label, points in sorted(lines.items()):
+        shown = [point for point in sorted(points) if point[1] <= ceiling]
+        if shown:
+            style = "--" if "one-shot" in label else "-"
+            axes.plot(*zip(*shown, strict=True), style, marker="o", markersize=3, label=label)
+    axes.set(xlabel="int8 .tflite file after gzip, MB", ylabel="perplexity", title=corpus)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(folder / f"quality-{corpus}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    """The line that a run is a point of: its name without the sparsity."""
+    if "score" not in row:
+        return row["group"] if row["group"].startswith("structured") else name.rsplit("-", 1)[0]
+    kind = [row["score"], row["pattern"] * (row["pattern"] != "unstructured")]
+    kind.append(row["scope"] * (row["scope"] != "layer"))
+    return f"{' '.join(filter(None, kind))}, {row['group']}"
+
+
+def fill(text: str, results: dict[str, Any]) -> str:
+    """A page with its tables as they were measured. A line `<!-- measured: PATTERN ... -->` says
+    which runs the table under it shows (patterns of their names)."""
+
+    def table(match: re.Match[str]) -> str:
+        patterns = match[2].split()
+        lines = [
+            f"| {corpus} | {name} | {' | '.join(cells(row))} |\n"
+            for corpus, outcome in results.items()
+            for pattern in patterns
+            for name, row in outcome["rows"].items()
+            if fnmatchcase(name, pattern)
+        ]
+        rule = "| --- | --- |" + " ---: |" * len(COLUMNS)
+        head = f"| corpus | run | {' | '.join(COLUMNS)} |\n{rule}\n"
+        return match[1] + (head + "".join(lines) if lines else "")
+
+    return re.sub(r"(<!-- measured: (.+?) -->\n)((?:\|.*\n)*)", table, text)
