@@ -121,6 +121,32 @@ def test_full_disk(tmp_path):
     assert not list((tmp_path / "out").glob("tokenizer.json"))
 
 
+def test_a_dataset_with_a_split_of_its_own(tmp_path):
+    from tf_gptopt.data.packing import DatasetInfo
+    from tf_gptopt.recipes.runner import stage_key
+    from tf_gptopt.recipes.sections import CorpusSection
+
+    for name in ("train", "valid"):
+        text = "\n\n".join(f"{name} {i}: the quick brown fox jumps." for i in range(60))
+        (tmp_path / f"{name}.txt").write_text(text)
+    train, valid = ("--data", tmp_path / "train.txt"), ("--valid", tmp_path / "valid.txt")
+    encoder = ("--tokenizer", tmp_path / "bpe")
+    tf_gptopt("tokenizer", *train, "--vocab_size", 300, "--out", tmp_path / "bpe")
+    length = ("--sequence_length", 8)
+    done = tf_gptopt("dataset", *train, *valid, *encoder, *length, "--out", tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    info = DatasetInfo.load(tmp_path / "data")
+    sizes = [len((tmp_path / f"{name}.txt").read_bytes()) for name in ("train", "valid")]
+    assert [info.train.text_bytes, info.valid.text_bytes] == sizes
+    files = [str(tmp_path / f"{name}.txt") for name in ("train", "valid")]
+    corpora = [
+        CorpusSection(tuple(files[:1])),
+        CorpusSection(tuple(files)),
+        CorpusSection(tuple(files[:1]), valid=tuple(files[1:])),
+    ]
+    assert len({stage_key("dataset", None, {"corpus": corpus}, 0) for corpus in corpora}) == 3
+
+
 def test_options_of_training_may_be_written_short():
     from tf_gptopt._options import spelt_out
     from tf_gptopt.recipes.sections import ExportSection, PruneSection, TrainSection

@@ -100,6 +100,7 @@ def _run(options: Options, argv: list[str]) -> int:
     names = ", ".join(packaged_recipes())
     options.add("recipe", nargs="?", help=f"a .yaml or .toml file, or one of: {names}")
     options.add("--data", nargs="+", default=[], help="text, .jsonl or folders (default: stdlib)")
+    options.add("--valid", nargs="+", default=[], help="text to validate on (default: a share)")
     options.add("--text-field", default=None, help="the field of .jsonl lines that holds the text")
     options.add("--out", default=None, help="the run's folder (default: saved_models/NAME)")
     options.add(
@@ -110,6 +111,8 @@ def _run(options: Options, argv: list[str]) -> int:
     overrides = dict(parse_override(text) for text in given.overrides)
     if given.data:
         overrides["corpus.paths"] = given.data
+    if given.valid:
+        overrides["corpus.valid"] = given.valid
     if given.text_field:
         overrides["corpus.text_field"] = given.text_field
     recipe = load_recipe(given.recipe, overrides)

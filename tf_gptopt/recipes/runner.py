@@ -224,7 +224,10 @@ def _input_key(value: Any) -> Any:
         return [[item.name, item.reference, _input_key(item.source)] for item in value]
     if isinstance(value, CorpusSection):
         files = corpus_files(list(value.paths) or None)
-        return [value.text_field, *(_digest(path) for path in files)]
+        key = [value.text_field, *(_digest(path) for path in files)]
+        if value.valid:
+            key.append([_digest(path) for path in corpus_files(list(value.valid))])
+        return key
     folder = Path(value)
     if (folder / METRICS).exists() and (folder / KEY).exists():  # a stage's, and finished
         return read_json(folder / METRICS)["key"]

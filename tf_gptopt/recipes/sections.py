@@ -27,10 +27,13 @@ class CorpusSection:
         paths: text files, .jsonl files or folders; empty means the source code of the running
             Python's standard library.
         text_field: the field of a .jsonl line that holds its text.
+        valid: text to validate on, of the same kinds; empty means that a share of the documents
+            is held out.
     """
 
     paths: tuple[str, ...] = ()
     text_field: str = "text"
+    valid: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

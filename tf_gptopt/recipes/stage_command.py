@@ -12,6 +12,7 @@ from tf_gptopt._errors import UserError
 from tf_gptopt._options import Options, spelt_out
 
 CORPUS = "text files, .jsonl files or folders (default: Python's standard library)"
+VALID = "text to validate on (default: a share of the documents is held out)"
 DATASET = "a folder that `tf-gptopt dataset` wrote"
 MODEL = "a folder with a model: any stage's, or a Hugging Face GPT-2 checkpoint"
 
@@ -40,6 +41,8 @@ def stage_command(options: Options, argv: list[str]) -> int:
     if takes_corpus := "corpus" in helps:
         options.add("--data", nargs="+", default=[], help=CORPUS)
         options.add("--text-field", default="text", help="the field of .jsonl lines with the text")
+    if name == "DatasetSection":
+        options.add("--valid", nargs="+", default=[], help=VALID)
     flags = {name: name.removesuffix("_folder") for name in helps if name != "corpus"}
     for name, flag in flags.items():
         options.add(f"--{flag}", required=True, help=helps[name])
@@ -51,7 +54,8 @@ def stage_command(options: Options, argv: list[str]) -> int:
     given, values = options.parse(spelt_out(argv, section), section)
     found: dict[str, Any] = {name: existing(given[flag]) for name, flag in flags.items()}
     if takes_corpus:
-        found["corpus"] = sections.CorpusSection(tuple(given.data), given.text_field)
+        valid = tuple(given.valid) if "valid" in given else ()
+        found["corpus"] = sections.CorpusSection(tuple(given.data), given.text_field, valid)
     from tf_gptopt.recipes.console import Console
     from tf_gptopt.recipes.runner import find_stage, locked, run_stage
 

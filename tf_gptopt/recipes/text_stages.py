@@ -47,6 +47,7 @@ def dataset(
         section.sequence_length,
         valid_fraction=section.valid_fraction,
         seed=seed,
+        valid=load_corpus(list(corpus.valid), corpus.text_field) if corpus.valid else None,
     )
     encoder.save(out)
     metrics = dataclasses.asdict(info)
