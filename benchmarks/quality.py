@@ -65,7 +65,7 @@ def main() -> None:
         if not given.quick:
             plot(corpus, outcome, DOCS)
     if not given.quick:
-        for page in (DOCS / "pruning.md", DOCS / "distillation.md"):
+        for page in (DOCS / "quality.md", DOCS / "pruning.md", DOCS / "distillation.md"):
             page.write_text(fill(page.read_text("utf-8"), read_json(path)), "utf-8")
 
 

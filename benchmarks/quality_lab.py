@@ -153,10 +153,12 @@ class Lab:
         folder: Path,
         callbacks: Sequence[Any] = (),
         seed: int = 0,
+        data: Any = None,
     ) -> dict[str, Any]:
-        """Train, with checkpoints in `folder`; `seed` gives the tokens another order."""
+        """Train, with checkpoints in `folder`; `seed` gives the tokens another order, and `data`
+        are other batches."""
         config = self.training(steps, learning_rate, seed)
-        return trainer.fit(model, self.data, config, folder / "checkpoints", callbacks)
+        return trainer.fit(model, data or self.data, config, folder / "checkpoints", callbacks)
 
     def training(self, steps: int, learning_rate: float, seed: int = 0) -> TrainConfig:
         return TrainConfig(

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality_lab import Lab
+from tf_gptopt.compression.distillation.cache_writer import cache_logits
 from tf_gptopt.compression.distillation.distiller import Distiller
+from tf_gptopt.compression.distillation.losses import (
+    AttentionMaps,
+    HiddenStates,
+    Relations,
+    SoftLabels,
+)
 from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
 from tf_gptopt.compression.pruning.config import PruneConfig
 from tf_gptopt.compression.pruning.pruner import prune, strip_pruning
@@ -24,6 +31,14 @@ TUNE_RATE, DISTILL_RATE = 5e-4, 1e-3
 THIRD = 0.67  # of the parameters stay
 ROUNDS = 2
 STUDENT_SEEDS = (0, 1, 2)
+TOP_K = 32
+SIGNALS: dict[str, list[Any]] = {  # beside plain soft labels
+    "reverse": [SoftLabels(divergence="reverse")],
+    "js": [SoftLabels(divergence="js")],
+    "hidden_states": [SoftLabels(), HiddenStates(normalize=True, weight=0.5)],
+    "attention_maps": [SoftLabels(), AttentionMaps(weight=0.2)],
+    "relations": [SoftLabels(), Relations(weight=0.2)],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,15 +131,20 @@ def from_scratch(lab: Lab, folder: Path, like: str) -> GPTModel:
     return model
 
 
-def half(lab: Lab, folder: Path, seed: int, taught: bool, **listening: Any) -> GPTModel:
-    """Every other block of the parent, taught by it or by the labels alone."""
-    student = shrink(lab.parent, layers=lab.parent.config.num_layers // 2)
-    if taught:
-        return _taught(
-            lab, student, lab.parent, folder, 2 * lab.scale.tune_steps, seed, **listening
-        )
-    lab.fit(student, 2 * lab.scale.tune_steps, DISTILL_RATE, folder, seed=seed)
-    return student
+def half(lab: Lab, folder: Path, seed: int, signal: str) -> GPTModel:
+    """Every other block of the parent, taught by it (through a `signal`) or by the labels alone."""
+    parent = lab.parent
+    student = shrink(parent, layers=parent.config.num_layers // 2)
+    steps = 2 * lab.scale.tune_steps
+    if signal == "labels":
+        lab.fit(student, steps, DISTILL_RATE, folder, seed=seed)
+        return student
+    if signal == "cached":
+        cached = cache_logits(parent, lab.data, folder / "checkpoints" / "logits", TOP_K)
+        distiller = Distiller(student, cached)
+        lab.fit(distiller, steps, DISTILL_RATE, folder, seed=seed, data=cached)
+        return student
+    return _taught(lab, student, parent, folder, steps, seed, SIGNALS.get(signal))
 
 
 def _taught(
@@ -134,11 +154,10 @@ def _taught(
     folder: Path,
     steps: int,
     seed: int = 0,
-    **listening: Any,
+    losses: list[Any] | None = None,
 ) -> GPTModel:
-    distiller = Distiller(student=student, teacher=teacher, **listening)
-    lab.fit(distiller, steps, DISTILL_RATE, folder, seed=seed)
-    return distiller.student
+    lab.fit(Distiller(student, teacher, losses=losses), steps, DISTILL_RATE, folder, seed=seed)
+    return student
 
 
 def _share(model: GPTModel, whole: GPTModel) -> float:
@@ -163,11 +182,12 @@ def runs() -> Iterator[Run]:
     yield Run("third-minitron", "structured, tuned", distilled, minitron)
     yield Run("third-scratch", "structured, tuned", from_scratch, {"like": "third-minitron"})
     for seed in STUDENT_SEEDS:
-        for taught in (True, False):
-            name = f"half-{'distilled' if taught else 'labels'}-{seed}"
-            yield Run(name, "half depth", half, {"seed": seed, "taught": taught})
+        for signal in ("distilled", "labels"):
+            yield _half(signal, seed)
     yield Run("continued-long", "structured, tuned", continued, {"times": 2})
 
+    for signal in (*SIGNALS, "cached"):
+        yield _half(signal, 0)
     for sparsity in (0.3, 0.7, 0.9):
         for score in SCORES:
             yield _prune(score, sparsity, tuned=False)
@@ -189,6 +209,11 @@ def runs() -> Iterator[Run]:
     for pattern in ("4:8", "16x1", "4x4"):
         yield _prune("magnitude", 0.5, pattern=pattern)
     yield Run("adaptive-2%", "tuned", adaptively_pruned, {"tolerance": 0.02})
+
+
+def _half(signal: str, seed: int) -> Run:
+    settings = {"seed": seed, "signal": signal}
+    return Run(f"half-{signal}-{seed}", "half depth", half, settings)
 
 
 def _prune(

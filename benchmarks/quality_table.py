@@ -218,20 +218,70 @@ def _line(name: str, row: dict[str, Any]) -> str:
 
 
 def fill(text: str, results: dict[str, Any]) -> str:
-    """A page with its tables as they were measured. A line `<!-- measured: PATTERN ... -->` says
-    which runs the table under it shows (patterns of their names)."""
+    """A page with its tables as they were measured. The line above a table says what it shows:
+    `<!-- measured: PATTERN ... -->` runs by patterns of their names, `<!-- all: CORPUS -->`,
+    `<!-- parents -->` and `<!-- bounds -->`."""
 
     def table(match: re.Match[str]) -> str:
-        patterns = match[2].split()
-        lines = [
-            f"| {corpus} | {name} | {' | '.join(cells(row))} |\n"
-            for corpus, outcome in results.items()
-            for pattern in patterns
-            for name, row in outcome["rows"].items()
-            if fnmatchcase(name, pattern)
-        ]
-        rule = "| --- | --- |" + " ---: |" * len(COLUMNS)
-        head = f"| corpus | run | {' | '.join(COLUMNS)} |\n{rule}\n"
-        return match[1] + (head + "".join(lines) if lines else "")
+        kind, _, words = match[2].partition(": ")
+        lines = {"measured": _runs, "all": _all, "parents": _parents, "bounds": _bounds}[kind](
+            results, words.split()
+        )
+        return match[1] + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
-    return re.sub(r"(<!-- measured: (.+?) -->\n)((?:\|.*\n)*)", table, text)
+    marks = r"(<!-- ((?:measured: |all: |parents|bounds).*?) -->\n)((?:\|.*\n)*)"
+    return re.sub(marks, table, text)
+
+
+def _runs(results: dict[str, Any], patterns: list[str]) -> list[list[str]]:
+    lines = [
+        [corpus, name, *cells(row)]
+        for corpus, outcome in results.items()
+        for pattern in patterns
+        for name, row in sorted(outcome["rows"].items())
+        if fnmatchcase(name, pattern)
+    ]
+    return _table(["corpus", "run", *COLUMNS], lines)
+
+
+def _all(results: dict[str, Any], corpora: list[str]) -> list[list[str]]:
+    rows = results.get(corpora[0], {"rows": {}})["rows"]
+    return _table(["run", *COLUMNS], [[name, *cells(row)] for name, row in rows.items()])
+
+
+def _parents(results: dict[str, Any], words: list[str]) -> list[list[str]]:
+    lines = [
+        [
+            corpus,
+            f"{outcome['train_tokens']:,}",
+            f"{outcome['rows']['parent']['loss']:.4f}",
+            f"{outcome['pytorch']['loss']:.4f}",
+        ]
+        for corpus, outcome in results.items()
+    ]
+    return _table(["corpus", "tokens in it", "our loss", "PyTorch's"], lines, text=1)
+
+
+def _bounds(results: dict[str, Any], words: list[str]) -> list[list[str]]:
+    lines = [
+        [corpus, bound["what"], bound["bound"], _reached(bound["reached"]), _yes(bound["holds"])]
+        for corpus, outcome in results.items()
+        for bound in outcome["bounds"]
+    ]
+    return _table(["corpus", "technique", "to reach", "reached", "holds"], lines, text=5)
+
+
+def _reached(value: Any) -> str:
+    if isinstance(value, list):
+        return " < ".join(f"{one:,.1f}" for one in value)
+    return f"{value:.2f}x" if value > 0.75 else f"{value:+.1%}"
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "**no**"
+
+
+def _table(head: list[str], lines: list[list[str]], text: int = 2) -> list[list[str]]:
+    """With a head, if there is anything below it; the first `text` columns hold words."""
+    rule = ["---" if i < text else "---:" for i in range(len(head))]
+    return [head, rule, *lines] if lines else []
