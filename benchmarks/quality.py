@@ -65,7 +65,8 @@ def main() -> None:
         if not given.quick:
             plot(corpus, outcome, DOCS)
     if not given.quick:
-        for page in (DOCS / "quality.md", DOCS / "pruning.md", DOCS / "distillation.md"):
+        pages = [DOCS / f"{name}.md" for name in ("quality", "pruning", "distillation")]
+        for page in (ROOT / "README.md", *pages):
             page.write_text(fill(page.read_text("utf-8"), read_json(path)), "utf-8")
 
 

@@ -115,11 +115,11 @@ class Lab:
     @property
     def parent(self) -> GPTModel:
         """A fresh copy of the trained float parent."""
-        folder = self.folder / "parent" / "model"
+        folder = self.folder / "trained" / "model"  # beside the runs, one of which measures it
         if not folder.is_dir():
             model = self.fresh(dict(self.scale.shape))
             scale = self.scale
-            self.fit(model, scale.parent_steps, scale.parent_rate, self.folder / "parent")
+            self.fit(model, scale.parent_steps, scale.parent_rate, self.folder / "trained")
             save_model(model, folder)
         return load_checkpoint(folder)
 

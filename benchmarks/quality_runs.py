@@ -225,6 +225,8 @@ def _prune(
 ) -> Run:
     parts = [score, "" if scope == "layer" else scope, "" if pattern == "unstructured" else pattern]
     name = "-".join([*filter(None, parts), f"{sparsity:.0%}"]).replace(":", "of")
+    if score == "wanda" and scope == "layer":  # its paper's comparison group
+        scope = "output"
     settings = {"score": score, "sparsity": sparsity, "pattern": pattern, "scope": scope}
     if tuned:
         return Run(f"{name}-tuned", "tuned", pruned_and_tuned, settings)

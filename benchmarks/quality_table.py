@@ -213,7 +213,7 @@ def _line(name: str, row: dict[str, Any]) -> str:
     if "score" not in row:
         return row["group"] if row["group"].startswith("structured") else name.rsplit("-", 1)[0]
     kind = [row["score"], row["pattern"] * (row["pattern"] != "unstructured")]
-    kind.append(row["scope"] * (row["scope"] != "layer"))
+    kind.append(row["scope"] * (row["scope"] == "global"))
     return f"{' '.join(filter(None, kind))}, {row['group']}"
 
 
