@@ -127,6 +127,26 @@ def test_the_docs_quote_what_was_measured():
         weights, moments = (max(found[key].values()) / 1e6 for key in ("weights", "optimizer"))
         assert f"| {mesh} | {weights:.1f} MB | {moments:.1f} MB |" in text
 
+    text = (ROOT / "docs" / "pruning.md").read_text("utf-8")
+    for kind, ratio in results("pruning")["step"]["ratio_to_plain_step"].items():
+        steps = [ratio[key]["median"] for key in ("without update", "with update")]
+        shown = [f"{value:.2f}x" for value in (*steps, ratio["at the default frequency"])]
+        assert f"| {kind} | {' | '.join(shown)} |" in text
+    for name, case in results("pruning")["solve"].items():
+        assert f"| {name} | {case['seconds']:.0f} | {case['peak_mb']:,} MB |" in text
+
+
+def test_the_tables_of_quality_are_the_measured_ones():
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.quality_table import fill
+
+    found = results("quality")
+    for page in (README, *(ROOT / "docs").glob("*.md")):
+        text = page.read_text("utf-8")
+        assert fill(text, found) == text, page.name
+        for picture in re.findall(r"!\[.*?\]\((.+?)\)", text):
+            assert (page.parent / picture).is_file(), picture
+
 
 def test_package_data_is_declared():
     listed = (ROOT / "setup.cfg").read_text("utf-8")
