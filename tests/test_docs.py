@@ -134,6 +134,12 @@ def test_the_docs_quote_what_was_measured():
         assert f"| {kind} | {' | '.join(shown)} |" in text
     for name, case in results("pruning")["solve"].items():
         assert f"| {name} | {case['seconds']:.0f} | {case['peak_mb']:,} MB |" in text
+    text = (ROOT / "docs" / "distillation.md").read_text("utf-8")
+    found = results("distillation")["base"]
+    for name, case in found["cases"].items():
+        row = f"| {name} | {case['ratio']['median']:.2f}x | {case['tokens_per_second']:,.0f} |"
+        assert row in text, name
+    assert f"{found['cache']['tokens_per_second']:,} tokens/s" in text
 
 
 def test_the_tables_of_quality_are_the_measured_ones():
