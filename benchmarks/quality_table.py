@@ -273,7 +273,7 @@ def _bounds(results: dict[str, Any], words: list[str]) -> list[list[str]]:
 
 def _reached(value: Any) -> str:
     if isinstance(value, list):
-        return " < ".join(f"{one:,.1f}" for one in value)
+        return ", ".join(f"{one:,.1f}" for one in value)
     return f"{value:.2f}x" if value > 0.75 else f"{value:+.1%}"
 
 
