@@ -18,12 +18,13 @@ import numpy as np
 from tf_gptopt._files import read_json, write_json
 from tf_gptopt._keras import keras
 from tf_gptopt._tokenizer import Tokenizer
+from tf_gptopt.compression.pruning.pruner import count_parameters
 from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.data.corpus import load_corpus
 from tf_gptopt.data.dataset import TokenDataset
 from tf_gptopt.data.packing import write_dataset
 from tf_gptopt.data.tokenizer import train_tokenizer
-from tf_gptopt.evaluation.quality import measure_quality, token_kl
+from tf_gptopt.evaluation.quality import Quality, measure_quality, token_kl
 from tf_gptopt.evaluation.size import file_bytes
 from tf_gptopt.models.checkpoints import load_checkpoint, save_model
 from tf_gptopt.models.gpt import GPTModel
@@ -124,6 +125,11 @@ class Lab:
         return load_checkpoint(folder)
 
     @cached_property
+    def reference(self) -> Quality:
+        """The parent's, that all others are held against."""
+        return measure_quality(self.parent, self.scored())
+
+    @cached_property
     def calibration(self) -> np.ndarray:
         """Windows of the training split, `(calibration, length)` int32."""
         count, seed = self.scale.calibration, self.scale.seed
@@ -172,14 +178,10 @@ class Lab:
     def measure(self, model: GPTModel, folder: Path) -> dict[str, Any]:
         """What the table shows of a plain model, its int8 file's size too. The file stays in
         `folder`, for the timing at the end."""
-        from tf_gptopt.compression.pruning.pruner import count_parameters
-
         parameters, nonzero = count_parameters(model)
         quality = measure_quality(model, self.scored())
         export_tflite(model, folder / "model.tflite", QuantConfig(), tokenizer=self.tokenizer)
         size, packed = file_bytes(folder / "model.tflite")
-        parent = self.parent
-        reference = measure_quality(parent, self.scored())
         return {
             "parameters": parameters,
             "nonzero": nonzero,
@@ -187,9 +189,9 @@ class Lab:
             "gzip_bytes": packed,
             "loss": round(quality.loss, 5),
             "perplexity": round(quality.perplexity, 3),
-            "change": round(quality.perplexity / reference.perplexity - 1, 5),
-            "agreement": round(quality.agreement(reference), 5),
-            "kl": round(token_kl(model, parent, self.scored()), 5),
+            "change": round(quality.perplexity / self.reference.perplexity - 1, 5),
+            "agreement": round(quality.agreement(self.reference), 5),
+            "kl": round(token_kl(model, self.parent, self.scored()), 5),
         }
 
     def finished(self, name: str, settings: dict[str, Any]) -> Any:

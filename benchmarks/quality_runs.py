@@ -24,6 +24,8 @@ from tf_gptopt.compression.pruning.pruner import prune, strip_pruning
 from tf_gptopt.compression.structured.config import ShrinkConfig
 from tf_gptopt.compression.structured.shrinking import shrink
 from tf_gptopt.models.gpt import GPTModel
+from tf_gptopt.recipes.distill_stage import part_of_the_way
+from tf_gptopt.tflite.runtime import TFLiteGPT
 
 SCORES = ("random", "magnitude", "gradient", "taylor", "wanda", "sparsegpt")
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
@@ -107,21 +109,17 @@ def shrunk(lab: Lab, folder: Path, **target: Any) -> GPTModel:
 def distilled(lab: Lab, folder: Path, rounds: int = 1, **target: Any) -> GPTModel:
     """Smaller, then taught by the parent; in several rounds, each takes its share of the way."""
     teacher = student = lab.parent
-    for done in range(1, rounds + 1):
-        share = target["parameters"] ** (done / rounds) / _share(student, teacher)
-        goal = ShrinkConfig(**{**target, "parameters": share})
+    steps = 2 * lab.scale.tune_steps // rounds
+    for number in range(1, rounds + 1):
+        goal = part_of_the_way(ShrinkConfig(**target), teacher.config, number, rounds)
         student = shrink(student, goal, lab.calibration)
-        student = _taught(
-            lab, student, teacher, folder / f"round_{done}", 2 * lab.scale.tune_steps // rounds
-        )
+        student = _taught(lab, student, teacher, folder / f"round_{number}", steps)
     return student
 
 
 def from_scratch(lab: Lab, folder: Path, like: str) -> GPTModel:
     """The shape of another run's model with random weights, on as many tokens as that one saw."""
-    import tf_gptopt.tflite.runtime as runtime
-
-    config = runtime.TFLiteGPT(lab.folder / like / "model.tflite").config
+    config = TFLiteGPT(lab.folder / like / "model.tflite").config
     shape = {
         name: getattr(config, name)
         for name in (*dict(lab.scale.shape), "head_dim", "intermediate_dim")
@@ -158,10 +156,6 @@ def _taught(
 ) -> GPTModel:
     lab.fit(Distiller(student, teacher, losses=losses), steps, DISTILL_RATE, folder, seed=seed)
     return student
-
-
-def _share(model: GPTModel, whole: GPTModel) -> float:
-    return model.count_params() / whole.count_params()
 
 
 def runs() -> Iterator[Run]:

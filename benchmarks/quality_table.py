@@ -147,17 +147,7 @@ def print_table(corpus: str, outcome: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = (
-        "parameters",
-        "non-zero",
-        "int8 MB",
-        "gzip MB",
-        "perplexity",
-        "change",
-        "top-1",
-        "KL",
-    )
-    table = Table(corpus, *columns, "decode", "seconds", title=f"PyTorch: {outcome['pytorch']}")
+    table = Table(corpus, *COLUMNS, "seconds", title=f"PyTorch: {outcome['pytorch']}")
     for name, row in outcome["rows"].items():
         table.add_row(name, *cells(row), f"{row['seconds']:,.0f}")
     console = Console(width=150)
