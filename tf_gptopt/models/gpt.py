@@ -275,6 +275,11 @@ def wrap_graph(model: keras.Model, config: GPTConfig, name: str | None = None) -
     )
 
 
+def is_wrapped(model: GPTModel) -> bool:
+    """Whether a layer of it has a wrapper, for pruning or quantization."""
+    return any(isinstance(layer, keras.layers.Wrapper) for layer in model.layers)
+
+
 def require_gpt(model: Any) -> GPTModel:
     """Return `model` if it is a `GPTModel`; a `UserError` says how to get one otherwise."""
     from tf_gptopt._keras import require_tf_keras

@@ -87,9 +87,3 @@ class Console:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def clock(seconds: float) -> str:
-    """75.0 -> `1:15`."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    return f"{minutes}:{rest:02d}"

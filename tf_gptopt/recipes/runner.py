@@ -21,12 +21,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tf_gptopt._clock import clock
 from tf_gptopt._errors import UserError
 from tf_gptopt._files import read_json, write_bytes, write_json
 from tf_gptopt._startup import load_tensorflow
 from tf_gptopt._version import __version__
 from tf_gptopt.data.corpus import corpus_files
-from tf_gptopt.recipes.console import Console, clock
+from tf_gptopt.recipes.console import Console
 from tf_gptopt.recipes.recipe import Recipe, plain
 from tf_gptopt.recipes.sections import CorpusSection
 from tf_gptopt.recipes.speak import SAMPLING, say, stream_completion

@@ -14,6 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_gptopt._clock import clock
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
 from tf_gptopt.training.cluster import Alone
@@ -61,7 +62,6 @@ class Progress:
 
     def __str__(self) -> str:
         """A line for people; what is not known, or has not happened, is left out."""
-        minutes, seconds = divmod(round(self.seconds_left), 60)
         parts = [
             f"step {self.step:,}/{self.steps:,}",
             f"loss {self.loss:.4f}",
@@ -75,7 +75,7 @@ class Progress:
             parts.append(f"{self.skipped} skipped")
         if self.loss_scale is not None:
             parts.append(f"loss scale {self.loss_scale:g}")
-        return "  ".join([*parts, f"{minutes}:{seconds:02d} left"])
+        return "  ".join([*parts, f"{clock(self.seconds_left)} left"])
 
 
 class ProgressLine:

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tf_gptopt._clock import clock
 from tf_gptopt._errors import UserError
 from tf_gptopt._files import read_json, sync, write_json
+from tf_gptopt.compression.calibration import Progress
 from tf_gptopt.compression.distillation.cache import (
     INFO_FILE,
     CachedTeacher,
@@ -40,8 +42,6 @@ _PROGRESS_FILE = "progress.json"
 _SAVE_EVERY = 10.0  # seconds of work that a kill may cost
 _LEAST = 1e-30  # of a probability whose logarithm is taken
 
-OnProgress = Callable[[int, int, str], Any]
-
 
 def cache_logits(
     teacher: Any,
@@ -52,7 +52,7 @@ def cache_logits(
     temperature: float = SoftLabels.temperature,
     teacher_weights: Sequence[float] | None = None,
     batch_size: int = 8,
-    on_progress: OnProgress | None = None,
+    on_progress: Progress | None = None,
 ) -> CachedTeacher:
     """Write the `k` likeliest tokens that `teacher` expects after every token of `dataset`.
 
@@ -209,7 +209,7 @@ class _Report:
     """Says how far it is, how fast, and how long it will take."""
 
     def __init__(
-        self, on_progress: OnProgress | None, total: int, done: int, dataset: TokenDataset
+        self, on_progress: Progress | None, total: int, done: int, dataset: TokenDataset
     ) -> None:
         self._tell, self._total, self._begun = on_progress or self._print, total, done
         self._length, self._start = dataset.sequence_length, time.monotonic()
@@ -217,8 +217,8 @@ class _Report:
 
     def __call__(self, done: int) -> None:
         speed = (done - self._begun) / max(1e-9, time.monotonic() - self._start)
-        minutes, seconds = divmod(round((self._total - done) / max(1e-9, speed)), 60)
-        what = f"{speed * self._length:,.0f} tokens/s  {minutes}:{seconds:02d} left"
+        left = clock((self._total - done) / max(1e-9, speed))
+        what = f"{speed * self._length:,.0f} tokens/s  {left} left"
         self._tell(done, self._total, what)
 
     def _print(self, done: int, total: int, what: str) -> None:

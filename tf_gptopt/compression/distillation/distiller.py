@@ -21,7 +21,7 @@ from tf_gptopt.compression.distillation.teachers import (
     check_same_tokens,
     teacher_shares,
 )
-from tf_gptopt.models.gpt import GPTModel, require_gpt
+from tf_gptopt.models.gpt import GPTModel, is_wrapped, require_gpt
 
 
 class Distiller(keras.Model):
@@ -93,10 +93,8 @@ class Distiller(keras.Model):
         check_alpha(alpha)
         losses = (SoftLabels(temperature),) if losses is None else tuple(losses)
         soft, features = _sort(losses)
-        inner = require_gpt(student).base_layer("block_0_qkv")
-        policy = getattr(inner, "layer", inner).dtype_policy  # decides on loss scaling
-        with student.distribute_strategy.scope():
-            super().__init__(name=name, dtype=policy)
+        with require_gpt(student).distribute_strategy.scope():
+            super().__init__(name=name, dtype=student.dtype_policy)  # decides on loss scaling
             # a plain object, where Keras does not look: no weights, nothing in checkpoints
             self._lesson = lesson = _Lesson(student, teacher, teacher_weights, soft, features)
             names = [loss.NAME for loss in losses]
@@ -233,7 +231,7 @@ class _Lesson:
         self._forwards = [
             (
                 forward_with_taps(one, () if i else others, logits=soft is not None),
-                not (one.config.dropout or one.recompute or _is_wrapped(one)),
+                not (one.config.dropout or one.recompute or is_wrapped(one)),
             )
             for i, one in enumerate(self.teachers if soft else self.teachers[:1])
         ]
@@ -252,10 +250,6 @@ class _Lesson:
         logits = tuple(tf.stop_gradient(logits) for logits, _ in outputs)
         heads = [getattr(logits, "head", None) for logits, _ in outputs]
         return Logits(logits, self.shares), None if None in heads else heads, taps
-
-
-def _is_wrapped(model: GPTModel) -> bool:
-    return any(isinstance(layer, keras.layers.Wrapper) for layer in model.layers)
 
 
 def _sort(losses: Sequence[Loss]) -> tuple[SoftLabels | None, list[FeatureLoss]]:

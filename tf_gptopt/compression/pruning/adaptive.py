@@ -21,7 +21,7 @@ from tf_gptopt._keras import keras
 from tf_gptopt.compression.calibration import calibration_ids, check_ids
 from tf_gptopt.compression.pruning.allocation import allocate
 from tf_gptopt.compression.pruning.scores import agree, batches_of, next_token_loss
-from tf_gptopt.compression.pruning.wrapper import wrappers
+from tf_gptopt.compression.pruning.wrapper import masked_share, wrappers
 from tf_gptopt.models.gpt import GPTModel
 
 _SMALLEST = 1 / 8  # of the first increment
@@ -96,8 +96,7 @@ class AdaptivePruning(keras.callbacks.Callback):
     @property
     def sparsity(self) -> float:
         """Fraction of zeros in all pruned kernels now."""
-        masks = [layer.mask_values() for layer in self.layers]
-        return float(1.0 - sum(map(np.count_nonzero, masks)) / sum(mask.size for mask in masks))
+        return masked_share(self.layers)
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._seen = self.layers[0].steps_done

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras, tfmot
 from tf_gptopt.compression.pruning.adaptive import AdaptivePruning
 from tf_gptopt.compression.pruning.allocation import allocate
 from tf_gptopt.compression.pruning.schedules import AdaptiveSparsity
 from tf_gptopt.compression.pruning.scores import MEASURED, Measurement
-from tf_gptopt.compression.pruning.wrapper import wrappers
+from tf_gptopt.compression.pruning.wrapper import masked_share, wrappers
 from tf_gptopt.models.gpt import GPTModel, require_gpt
 
 
@@ -73,9 +71,7 @@ class PruningWatch(keras.callbacks.Callback):
                 "of tf_keras.optimizers."
             )
         if logs is not None:
-            masks = [layer.mask_values() for layer in self.layers]
-            kept = sum(int(np.count_nonzero(mask)) for mask in masks)
-            logs["sparsity"] = 1.0 - kept / sum(mask.size for mask in masks)
+            logs["sparsity"] = masked_share(self.layers)
 
 
 class PruningRefresh(keras.callbacks.Callback):

@@ -12,6 +12,7 @@ with a merge across replicas in every layer, and leaves weights dense between tw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,12 @@ class PruneLowMagnitude(TfmotPruneLowMagnitude):
         config["pruning_schedule"] = read_schedule(config["pruning_schedule"])
         config["layer"] = keras.layers.deserialize(config["layer"])
         return cls(**config)
+
+
+def masked_share(layers: Sequence[PruneLowMagnitude]) -> float:
+    """Fraction of zeros in the masks of all `layers` together."""
+    masks = [layer.mask_values() for layer in layers]
+    return 1.0 - sum(int(np.count_nonzero(mask)) for mask in masks) / sum(m.size for m in masks)
 
 
 def wrappers(model: keras.Model) -> list[PruneLowMagnitude]:

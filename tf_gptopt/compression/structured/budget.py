@@ -27,9 +27,10 @@ from collections.abc import Callable
 import numpy as np
 
 from tf_gptopt._errors import UserError
+from tf_gptopt.compression.calibration import Progress
 from tf_gptopt.compression.structured.config import ShrinkConfig
 from tf_gptopt.compression.structured.gates import GatedGPT
-from tf_gptopt.compression.structured.importance import Progress, importance
+from tf_gptopt.compression.structured.importance import importance
 from tf_gptopt.compression.structured.ladders import Cuts, Group, Levels
 from tf_gptopt.compression.structured.probing import Probe
 from tf_gptopt.compression.structured.surgery import Units

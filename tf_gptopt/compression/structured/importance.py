@@ -23,10 +23,9 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gptopt._errors import UserError, suggest
+from tf_gptopt.compression.calibration import Progress
 from tf_gptopt.compression.structured.gates import GatedGPT, open_gates
 from tf_gptopt.compression.structured.surgery import Units
-
-Progress = Callable[[int, int, str], None]
 
 BATCH_TOKENS = 4096  # of one forward pass
 

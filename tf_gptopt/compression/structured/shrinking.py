@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from tf_gptopt._errors import UserError
-from tf_gptopt.compression.calibration import calibration_ids, check_ids
+from tf_gptopt.compression.calibration import Progress, calibration_ids, check_ids
 from tf_gptopt.compression.pruning.pruner import strip_pruning
 from tf_gptopt.compression.structured.budget import spend
 from tf_gptopt.compression.structured.config import ShrinkConfig
 from tf_gptopt.compression.structured.gates import GatedGPT
-from tf_gptopt.compression.structured.importance import Progress, importance
+from tf_gptopt.compression.structured.importance import importance
 from tf_gptopt.compression.structured.surgery import Units, all_units, extract
 from tf_gptopt.models.checkpoints import named_weights
 from tf_gptopt.models.config import GPTConfig

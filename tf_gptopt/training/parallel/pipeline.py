@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError, suggest
 from tf_gptopt._keras import keras
-from tf_gptopt.models.gpt import GPTModel, require_gpt, wrap_graph
+from tf_gptopt.models.gpt import GPTModel, is_wrapped, require_gpt, wrap_graph
 from tf_gptopt.models.recompute import cut, recomputed
 from tf_gptopt.training.memory import split_blocks
 from tf_gptopt.training.parallel.mesh import Mesh
@@ -52,7 +52,7 @@ def pipeline(
         UserError: when there are too few devices or blocks, or a strategy with replicas is active.
     """
     require_gpt(model)
-    if any(isinstance(layer, keras.layers.Wrapper) for layer in model.layers):
+    if is_wrapped(model):
         raise UserError(
             "A pruned or quantization-aware model cannot be a pipeline. Take the wrappers off with "
             "strip_pruning or strip_quantization, or train it on one device or replicas."
