@@ -8,7 +8,7 @@ import json
 import pytest
 
 from tf_gptopt._errors import UserError
-from tf_gptopt.compression.quantization.config import SCHEMES, QuantConfig
+from tf_gptopt.compression.quantization.config import RECIPES, WEIGHTS, QuantConfig
 
 
 def test_int8_is_the_default() -> None:
@@ -16,7 +16,7 @@ def test_int8_is_the_default() -> None:
     assert QuantConfig().float_layers == ()
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", sorted(WEIGHTS))
 def test_a_config_survives_json(scheme: str) -> None:
     config = QuantConfig(scheme, float_layers=["block_0_*", "token_logits"])
     assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -25,7 +25,7 @@ def test_a_config_survives_json(scheme: str) -> None:
 
 def test_it_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        QuantConfig().scheme = "float32"
+        QuantConfig().weights = "float32"
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,56 @@ def test_no_tensorflow_is_loaded(run_child) -> None:
         print(sorted({"tensorflow", "tf_keras", "numpy"} & set(sys.modules)))
     """
     assert run_child(code, devices=0).strip() == "[]"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_has_a_name_and_a_line(name: str) -> None:
+    config = QuantConfig.from_recipe(name)
+    assert config == RECIPES[name][0]
+    assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.name
+    assert "\n" not in RECIPES[name][1]
+    assert QuantConfig.from_recipe(name, float_layers="block_0_*").keeps_float("block_0_fc")
+
+
+def test_names_tell_the_recipes_apart() -> None:
+    assert len({config.name for config, _ in RECIPES.values()}) == len(RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"granularity": 32}, "Blocks are for int4"),
+        ({"granularity": 48}, "Unknown granularity"),
+        ({"weights": "int4", "granularity": 32, "activations": "static"}, "no static activations"),
+        ({"smoothing": 0.5}, "static activations"),
+        ({"smoothing": 2}, "smoothing is 0 to 1"),
+        ({"percentile": True}, "must be a number"),
+        ({"io": "int8"}, "static activations"),
+        ({"quantize_adds": True}, "static activations"),
+        ({"weights": "float16", "activations": "static"}, "need integer weights"),
+        ({"layers": {"block_0_*": "int9"}}, "layer name patterns"),
+        ({"rounding": "gtpq"}, "Did you mean 'gptq'"),
+    ],
+)
+def test_what_does_not_go_together_is_an_error(values: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        QuantConfig(**values)
+
+
+def test_layers_choose_their_weights() -> None:
+    config = QuantConfig(
+        "int4", layers={"block_0_*": "int8", "*_out": "float16"}, float_layers=("block_0_fc",)
+    )
+    names = ["block_0_fc", "block_0_out", "block_1_out", "block_1_fc"]
+    assert [config.weights_of(name) for name in names] == ["float32", "int8", "float16", "int4"]
+    assert config.layers_to_quantize(names) == {"block_0_out", "block_1_fc"}
+    with pytest.raises(UserError, match="layers: 'block_9"):
+        QuantConfig(layers={"block_9_*": "int4"}).layers_to_quantize(names)
+
+
+def test_blocks_are_for_what_they_divide() -> None:
+    config = QuantConfig("int4")
+    assert [config.group("int4", width) for width in (64, 100)] == [32, "channel"]
+    assert config.group("int8", 64) == "channel"
+    assert QuantConfig("int4", activations="static").group("int4", 64) == "channel"

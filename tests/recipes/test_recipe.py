@@ -15,7 +15,7 @@ def test_default_recipe_loads():
     assert recipe == Recipe(name="python")  # what a recipe leaves out is the main job's value
     assert recipe.distill.layers < recipe.train.model.num_layers
     assert recipe.prune.pruning.sparsity == 0.5
-    assert recipe.export.quantization.scheme == "int8"
+    assert recipe.export.quantization.weights == "int8"
 
 
 @pytest.mark.parametrize("path", [*packaged_recipes(), *EXAMPLES], ids=str)
@@ -51,7 +51,7 @@ def test_overrides():
         ("train: {fit: {steps: many}}", "train.fit.steps"),
         ("train: {fit: {steps: 0}}", "steps"),
         ("prune: {pruning: {sparsity: 1.5}}", "sparsity"),
-        ("export: {quantization: {scheme: int9}}", "Did you mean 'int8'?"),
+        ("export: {quantization: {weights: int9}}", "Did you mean 'int8'?"),
         ("train: 5", "'train' is a section"),
         ("train: [", "not valid YAML"),
         ("- a\n- b", "must hold"),

@@ -80,7 +80,7 @@ def test_any_shape_exports(exported, relative_error, data):
     )
     ids = ids_for(model)
     whole = runtime.logits(ids)
-    most = 1e-4 if runtime.metadata["quantization"]["scheme"] == "float32" else 0.2
+    most = 1e-4 if runtime.metadata["quantization"]["weights"] == "float32" else 0.2
     assert relative_error(whole, model(ids[None])[0].numpy()) < most
     runtime.prefill(ids[:1])
     for position in range(1, len(ids)):

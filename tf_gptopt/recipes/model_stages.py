@@ -129,7 +129,7 @@ def export(
         model, out / "model.tflite", section.quantization, tokenizer=model.tokenizer
     )
     write_json(out / "config.json", {"format": "tflite", "gpt": model.config.to_dict()})
-    console.note(f"{human_bytes(info.bytes)}, {section.quantization.scheme}")
+    console.note(f"{human_bytes(info.bytes)}, {section.quantization.name}")
     return dataclasses.asdict(info)
 
 

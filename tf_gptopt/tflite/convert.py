@@ -119,10 +119,10 @@ def build_tflite(
     quant.layers_to_quantize(names)  # a pattern that matches nothing is an error
     context = config.max_sequence_length
     buckets = plan_buckets(context, prefill_lengths, decode_capacities)
-    _check_size(quant.scheme, parameters)
+    _check_size(quant.weights, parameters)
 
     file = Model(description="GPT with a KV cache, written by tf_gptopt")
-    shared = store_weights(file, config, weights, quant.scheme, quant.keeps_float)
+    shared = store_weights(file, config, weights, quant.weights, quant.keeps_float)
     for bucket in buckets:
         add_step(file, shared, bucket)
     logits_rows = min(LOGITS_ROWS, context)
@@ -142,7 +142,7 @@ def build_tflite(
     data = file.to_bytes()
     seal(data)
     names = (*(bucket.signature for bucket in buckets), logits)
-    return data, ExportInfo("", len(data), parameters, quant.scheme, names)
+    return data, ExportInfo("", len(data), parameters, quant.weights, names)
 
 
 def _plain_model(model: Any) -> GPTModel:

@@ -1,18 +1,36 @@
-"""How many bits a number gets: `QuantConfig`, read by training, export and calibration alike."""
+"""How many bits a number gets: `QuantConfig`, read by training, post-training and export alike."""
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from tf_gptopt._errors import UserError, suggest
 
-SCHEMES: dict[str, str] = {
-    "int8": "int8 weights, one scale per output channel; activations quantized as they come",
-    "float16": "weights rounded to float16, arithmetic in float32",
-    "float32": "nothing is quantized",
+WEIGHTS: dict[str, str] = {
+    "int8": "8-bit integers",
+    "int4": "4-bit integers",
+    "float16": "rounded to float16; arithmetic in float32",
+    "float32": "as they are",
+}
+BITS = {"int8": 8, "int4": 4}
+ACTIVATIONS: dict[str, str] = {
+    "dynamic": "inputs of products become int8 as they come, each row with its own range",
+    "static": "inputs and outputs of products are int8, with ranges fixed by calibration",
+    "float": "weights alone are integers (weight-only)",
+}
+BLOCKS = (32, 64, 128)
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "weights": tuple(WEIGHTS),
+    "activations": tuple(ACTIVATIONS),
+    "granularity": ("global", "tensor", "channel", *BLOCKS),
+    "range": ("minmax", "percentile", "mse"),
+    "rounding": ("nearest", "gptq"),
+    "kv_cache": ("float32", "int8"),
+    "io": ("float32", "int8"),
 }
 
 
@@ -20,31 +38,78 @@ SCHEMES: dict[str, str] = {
 class QuantConfig:
     """What is quantized, and to what. Needs no TensorFlow.
 
-    - `int8`: weights are symmetric int8 in [-127, 127] (narrow range), one scale `max|w| / 127`
-      per output channel of a Dense kernel and per row (token) of the token table. Inputs of
-      those products are quantized to int8 per row at run time ("dynamic range").
-    - `float16`: weights are stored in 16 bits.
-    - `float32`: nothing changes.
-
-    LayerNorms, biases, the position table, attention and additions stay float in each scheme.
+    Quantized are the kernels of all products and the token table. LayerNorms, biases and attention
+    stay float in each scheme; the position table is float16 beside integer weights.
+    `QuantConfig.from_recipe` has names for the common cases.
 
     Args:
-        scheme: a name from `SCHEMES`.
-        float_layers: names of layers whose weights stay float32 whatever the scheme;
-            shell patterns such as `"block_0_*"`, `"*_qkv"` or `"token_embedding"` (which covers
-            both uses of the table in a model whose logits are tied to it).
+        weights: a name from `WEIGHTS`.
+        activations: a name from `ACTIVATIONS`, for integer weights.
+        granularity: which weights share a scale: all of the model (`"global"`), a `"tensor"`, an
+            output `"channel"` (a token, in the table), or blocks of 32, 64 or 128 neighbours of a
+            channel. Default `"channel"` for int8 and 32 for int4. Blocks are int4's alone: LiteRT
+            has no others. A layer whose inputs the block does not divide takes `"channel"`.
+        range: how far a grid reaches: to the largest weight (`"minmax"`), to a percentile of the
+            magnitudes (`"percentile"`), or where the squared error is least (`"mse"`). Static
+            activations use it as well.
+        percentile: for that range, in percent.
+        rounding: `"nearest"`, or `"gptq"`, which makes later weights of a channel answer for the
+            rounding of earlier ones (post-training, with calibration).
+        smoothing: SmoothQuant's alpha: how much of the activations' spread moves into the weights,
+            0 (none) to 1 (all).
+        bias_correction: whether biases take back the mean error that rounding made on the
+            calibration text.
+        symmetric: whether the ranges of static activations are symmetric around zero.
+        kv_cache: `"float32"`, or `"int8"` with a scale for each head and token.
+        io: `"int8"` hands logits out, and takes the cache in, as integers of a fixed scale, as
+            NPUs want them (static activations only).
+        quantize_adds: whether the residual additions are int8 too (static activations only).
+        layers: weights of single layers: shell patterns of names to names from `WEIGHTS`, such as
+            `{"block_0_*": "int8"}`; the first that matches counts. `"token_embedding"` covers both
+            uses of the table in a model whose logits are tied to it.
+        float_layers: patterns of layers whose weights stay float32, before all others.
 
     Raises:
-        UserError: for an unknown scheme, with the nearest known one.
+        UserError: for values that are none, or do not go together, with what would.
     """
 
-    scheme: str = "int8"
+    weights: str = "int8"
+    activations: str = "dynamic"
+    granularity: str | int | None = None
+    range: str = "minmax"
+    percentile: float = 99.9
+    rounding: str = "nearest"
+    smoothing: float = 0.0
+    bias_correction: bool = False
+    symmetric: bool = False
+    kv_cache: str = "float32"
+    io: str = "float32"
+    quantize_adds: bool = False
+    layers: dict[str, str] = dataclasses.field(default_factory=dict)
     float_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and not (name == "granularity" and value is None):
+                raise UserError(
+                    f"Unknown {name} {value!r} of a quantization."
+                    f"{suggest(str(value), map(str, choices))}"
+                )
+        for name, low, high in (("percentile", 50, 100), ("smoothing", 0, 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise UserError(f"{name} must be a number. Received: {name}={value!r}.")
+            if not low <= value <= high:
+                raise UserError(f"{name} is {low} to {high}. Received: {name}={value!r}.")
+        layers = self.layers
+        if not isinstance(layers, Mapping) or not all(
+            isinstance(pattern, str) and pattern and kind in WEIGHTS
+            for pattern, kind in layers.items()
+        ):
             raise UserError(
-                f"Unknown quantization scheme {self.scheme!r}.{suggest(str(self.scheme), SCHEMES)}"
+                "layers maps layer name patterns to weights, such as {'block_0_*': 'int8'} "
+                f"(known: {', '.join(WEIGHTS)}). Received: layers={layers!r}."
             )
         patterns = self.float_layers
         if isinstance(patterns, str):  # one pattern is as good as a list of one
@@ -56,30 +121,105 @@ class QuantConfig:
                 "float_layers must be layer name patterns such as ('block_0_*',). "
                 f"Received: float_layers={self.float_layers!r}."
             )
-        object.__setattr__(self, "float_layers", tuple(patterns))  # the dataclass is frozen
+        object.__setattr__(self, "layers", dict(layers))  # the dataclass is frozen
+        object.__setattr__(self, "float_layers", tuple(patterns))
+        self._check_together()
 
-    def keeps_float(self, layer_name: str) -> bool:
-        """Whether `float_layers` names the layer called `layer_name`."""
-        return any(fnmatch.fnmatchcase(layer_name, pattern) for pattern in self.float_layers)
+    def _check_together(self) -> None:
+        kinds = {self.weights, *self.layers.values()}
+        if isinstance(self.granularity, int):
+            if "int4" not in kinds:
+                raise UserError(
+                    "Blocks are for int4: LiteRT has no int8 weights with a scale per block. "
+                    f"Received: granularity={self.granularity!r}, weights={self.weights!r}. "
+                    'Take granularity="channel".'
+                )
+            if self.activations == "static":
+                raise UserError(
+                    "LiteRT has no static activations beside weights in blocks. Take "
+                    'granularity="channel", or activations="dynamic".'
+                )
+        if self.activations != "static":
+            for name, asked in (
+                ("smoothing", self.smoothing > 0),
+                ('io="int8"', self.io == "int8"),
+                ("quantize_adds", self.quantize_adds),
+            ):
+                if asked:
+                    raise UserError(
+                        f"{name} is for static activations. Received: activations="
+                        f'{self.activations!r}. Say activations="static", or leave it out.'
+                    )
+        if not kinds & set(BITS) and self.activations == "static":
+            raise UserError(
+                f"Static activations need integer weights. Received: weights={self.weights!r}."
+            )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether quantizing takes calibration text."""
+        static = self.activations == "static"
+        return static or self.bias_correction or self.rounding == "gptq"
+
+    @property
+    def name(self) -> str:
+        """The scheme in a few words: `"int8 dynamic"`, `"int4 per 32 dynamic gptq"`."""
+        if not {self.weights, *self.layers.values()} & set(BITS):
+            return self.weights
+        words = ["mixed" if self.layers else self.weights]
+        if self.granularity is not None or "int4" in words:
+            group = self.group(self.weights)
+            words.append(f"per {group}")
+        words.append("weight-only" if self.activations == "float" else self.activations)
+        words += [self.range] * (self.range != "minmax") + [self.rounding] * (
+            self.rounding != "nearest"
+        )
+        words += ["smooth"] * bool(self.smoothing) + ["int8 cache"] * (self.kv_cache == "int8")
+        return " ".join(words)
+
+    def weights_of(self, layer: str) -> str:
+        """The weights, a name from `WEIGHTS`, of the layer of this name."""
+        if any(fnmatchcase(layer, pattern) for pattern in self.float_layers):
+            return "float32"
+        for pattern, kind in self.layers.items():
+            if fnmatchcase(layer, pattern):
+                return kind
+        return self.weights
+
+    def keeps_float(self, layer: str) -> bool:
+        """Whether the weights of the layer of this name are no integers."""
+        return self.weights_of(layer) not in BITS
+
+    def group(self, weights: str, width: int | None = None) -> str | int:
+        """Who shares a scale, of weights `"int8"` or `"int4"` in rows of `width`: `"global"`,
+        `"tensor"`, `"channel"`, or so many neighbours of a row."""
+        group = self.granularity
+        if group is None:
+            group = 32 if weights == "int4" and self.activations != "static" else "channel"
+        if isinstance(group, int) and (weights != "int4" or (width or group) % group):
+            return "channel"
+        return group
 
     def layers_to_quantize(self, layer_names: Iterable[str]) -> set[str]:
-        """Those of `layer_names` that `float_layers` does not keep.
+        """Those of `layer_names` whose weights become integers.
 
         Raises:
             UserError: for a pattern that matches none of them, with the nearest name.
         """
         layer_names = set(layer_names)
-        for pattern in self.float_layers:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in layer_names):
-                raise UserError(
-                    f"float_layers: {pattern!r} matches no layer with weights to quantize."
-                    f"{suggest(pattern, layer_names)}"
-                )
+        for field, patterns in (("float_layers", self.float_layers), ("layers", self.layers)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in layer_names):
+                    raise UserError(
+                        f"{field}: {pattern!r} matches no layer with weights to quantize."
+                        f"{suggest(pattern, layer_names)}"
+                    )
         return {name for name in layer_names if not self.keeps_float(name)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `QuantConfig.from_dict` reads them back."""
-        return {"scheme": self.scheme, "float_layers": list(self.float_layers)}
+        values = dataclasses.asdict(self)
+        return {**values, "float_layers": list(self.float_layers)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
@@ -89,3 +229,51 @@ class QuantConfig:
             if key not in known:
                 raise UserError(f"Unknown quantization option {key!r}.{suggest(key, known)}")
         return cls(**values)
+
+    @classmethod
+    def from_recipe(cls, name: str, **changes: Any) -> QuantConfig:
+        """A named scheme from `RECIPES`, with `changes` to its fields."""
+        if name not in RECIPES:
+            raise UserError(f"Unknown quantization recipe {name!r}.{suggest(str(name), RECIPES)}")
+        return dataclasses.replace(RECIPES[name][0], **changes)
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict(), sort_keys=True))
+
+
+RECIPES: dict[str, tuple[QuantConfig, str]] = {
+    "int8": (
+        QuantConfig(),
+        "the default on CPUs: a quarter of the size, the fastest, and as good as float",
+    ),
+    "int8-cache": (
+        QuantConfig(kv_cache="int8"),
+        "int8, and a KV cache of a quarter of the memory, for long contexts",
+    ),
+    "int8-weight-only": (
+        QuantConfig(activations="float"),
+        "the size of int8, the arithmetic, speed and memory of float32",
+    ),
+    "int8-static": (
+        QuantConfig(activations="static", range="percentile", percentile=99.99),
+        "integer products with fixed ranges, for accelerators that know nothing else",
+    ),
+    "int8-static-smooth": (
+        QuantConfig(activations="static", smoothing=0.5, bias_correction=True),
+        "static int8 with SmoothQuant and bias correction: the better static file",
+    ),
+    "int4": (
+        QuantConfig("int4", range="mse"),
+        "half of int8, blocks of 32 weights rounded to nearest: takes seconds, no text",
+    ),
+    "int4-gptq": (
+        QuantConfig("int4", range="mse", rounding="gptq"),
+        "int4 with GPTQ on calibration text: the same size, nearer to float",
+    ),
+    "int4-weight-only": (
+        QuantConfig("int4", range="mse", rounding="gptq", activations="float"),
+        "the size of int4, activations untouched",
+    ),
+    "float16": (QuantConfig("float16"), "half the size, as exact as anyone can tell"),
+    "float32": (QuantConfig("float32"), "nothing is quantized"),
+}

@@ -122,10 +122,10 @@ def is_quantization_aware(model: Any) -> bool:
 
 
 def _names_to_quantize(model: GPTModel, config: QuantConfig) -> set[str]:
-    if config.scheme != "int8":
+    if config.weights != "int8":
         raise UserError(
-            f"The scheme {config.scheme!r} needs no quantization-aware training. Expected: 'int8'. "
-            f"Export the model with QuantConfig({config.scheme!r}) as it is."
+            f"The weights {config.weights!r} need no quantization-aware training. "
+            f"Expected: 'int8'. Export the model with QuantConfig({config.weights!r}) as it is."
         )
     names = {
         layer.name
