@@ -115,6 +115,33 @@ def test_samplers_and_seeds(tiny_model: Build) -> None:
         draw("gredy", 1)
 
 
+def test_penalties_see_prompt_and_completion(tiny_model: Build) -> None:
+    model = tiny_model()
+    prompts = [[1, 2, 3], [7]]
+    never_twice = generate(model, prompts, max_new_tokens=25, presence_penalty=1e4)
+    assert [len(set(row)) for row in never_twice] == [28, 26]
+    held = generate(model, prompts, max_new_tokens=9, frequency_penalty=-1e4)
+    assert set(held[0]) == {1, 2, 3}
+    assert set(held[1]) == {7}
+    assert generate(model, [1], max_new_tokens=4, logit_bias={9: 1e4}) == [1, 9, 9, 9, 9]
+    forbidden = {token: -float("inf") for token in range(61) if token not in (8, 9)}
+    drawn = generate(model, [1], max_new_tokens=20, top_p=0.99, seed=0, logit_bias=forbidden)
+    assert set(drawn[1:]) == {8, 9}
+    with pytest.raises(UserError, match="leave no token to choose"):
+        generate(model, [1], logit_bias=forbidden | {8: -float("inf"), 9: -float("inf")})
+    with pytest.raises(UserError, match="Did you mean 'repetition_penalty'"):
+        generate(model, [1], repetition_penality=1.1)
+
+
+def test_a_row_says_the_same_whatever_the_other_rows_are(tiny_model: Build) -> None:
+    model = tiny_model()
+    options = {"max_length": 20, "temperature": 1.5, "repetition_penalty": 1.2, "seed": 3}
+    alone = generate(model, [[1, 2]], **options)
+    others = generate(model, [[1, 2], [3], [4] * 15, [1, 2]], **options)
+    assert others[0] == alone[0] != others[3]
+    assert others[:2] == generate(model, [[1, 2], [3]], **options)
+
+
 # What goes in and comes out
 
 
@@ -263,3 +290,8 @@ def test_stream_says_what_generate_says(tiny_model, tiny_tokenizer):
     pieces = list(stream(model, "ab", **options))
     assert "ab" + "".join(pieces) == whole
     assert len(pieces) > 1
+    assert "ab" + "".join(stream(model, "ab", presence_penalty=2.0)) == generate(
+        model, "ab", presence_penalty=2.0
+    )
+    with pytest.raises(UserError, match="Beam search"):
+        next(stream(model, "ab", sampler="beam"))

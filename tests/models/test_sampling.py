@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tf_gptopt._errors import UserError
+from tf_gptopt.models.choosing import make_generators, read_options
+from tf_gptopt.models.penalties import Penalties
 from tf_gptopt.models.sampling import (
+    BeamSampler,
     GreedySampler,
+    MinPSampler,
     RandomSampler,
-    TextStream,
     TopKSampler,
     TopPSampler,
     get_sampler,
+    log_softmax,
     make_sampler,
 )
+from tf_gptopt.models.text_stream import TextStream
 
 LOGITS = np.log(np.array([[0.05, 0.5, 0.15, 0.3], [0.4, 0.1, 0.2, 0.3]], np.float32))
 
@@ -57,6 +62,36 @@ def test_top_p_draws_from_the_fewest_that_reach_p():
     np.testing.assert_allclose(shares(TopPSampler(p=0.9, k=1)), [0, 1, 0, 0], atol=0)
 
 
+def test_min_p_draws_from_those_near_the_likeliest():
+    np.testing.assert_allclose(shares(MinPSampler(p=0.5)), [0, 0.625, 0, 0.375], atol=0.03)
+    np.testing.assert_allclose(shares(MinPSampler(p=0.65)), [0, 1, 0, 0], atol=0)
+    np.testing.assert_allclose(shares(MinPSampler(p=0.05)), shares(RandomSampler()), atol=0.03)
+    # (0.3 / 0.5) ** 2 = 0.36: a temperature below 1 comes first and lets fewer through
+    np.testing.assert_allclose(shares(MinPSampler(p=0.5, temperature=0.5)), [0, 1, 0, 0], atol=0)
+    np.testing.assert_allclose(shares(TopPSampler(p=1.0, min_p=0.65)), [0, 1, 0, 0], atol=0)
+    np.testing.assert_allclose(
+        shares(TopPSampler(p=1.0, k=3, min_p=0.2)), [0, 10 / 19, 3 / 19, 6 / 19], atol=0.03
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(0.01, 1.0), st.floats(0.3, 3.0), st.integers(0, 99))
+def test_min_p_keeps_what_transformers_keeps(p, temperature, seed):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 1.0, (3, 50)).astype(np.float32)
+    scores = torch.tensor(logits) / temperature
+    theirs = transformers.MinPLogitsWarper(min_p=p)(None, scores).isfinite().numpy()
+    for row, allowed in zip(logits, theirs, strict=True):
+        drawn = set(MinPSampler(p, temperature)(np.repeat(row[None], 400, 0), rng).tolist())
+        ties = np.isclose(row, row.max() + temperature * np.log(p), atol=1e-4)
+        assert drawn <= set(np.flatnonzero(allowed | ties))
+        likely = np.exp(row / temperature) / np.exp(row[allowed] / temperature).sum() > 0.05
+        assert set(np.flatnonzero(allowed & likely & ~ties)) <= drawn
+
+
+@settings(deadline=None, max_examples=30)
 @given(st.floats(0.01, 1.0), st.integers(0, 99))
 def test_top_p_agrees_with_its_definition_in_large_vocabularies(p, seed):
     rng = np.random.default_rng(seed)
@@ -83,6 +118,39 @@ def test_make_sampler_reads_the_numbers():
     assert make_sampler(temperature=0.7) == RandomSampler(0.7)
     assert make_sampler(top_k=3) == TopKSampler(3, 1.0)
     assert make_sampler(0.5, 3, 0.8) == TopPSampler(0.8, 3, 0.5)
+    assert make_sampler(min_p=0.1) == MinPSampler(0.1, 1.0)
+    assert make_sampler(0.5, 3, 0.8, 0.1) == TopPSampler(0.8, 3, 0.5, 0.1)
+    assert make_sampler(top_k=3, min_p=0.1) == TopPSampler(1.0, 3, 1.0, 0.1)
+
+
+def test_options_become_penalties_and_a_sampler():
+    chooser = read_options({"top_k": 3, "logit_bias": {1: 2.0}, "presence_penalty": None})
+    assert chooser.sampler == TopKSampler(3)
+    assert chooser.penalties == Penalties(logit_bias={1: 2.0})
+    assert read_options({}, "random").sampler == RandomSampler()
+    assert read_options({"sampler": "min_p"}, "random").sampler == MinPSampler()
+    assert read_options({"sampler": "beam"}, beams=True).sampler == BeamSampler()
+    biased = read_options({"logit_bias": {2: 9.0}})
+    assert biased(LOGITS[0].copy(), np.array([], np.int32), None) == 2
+
+
+def test_a_place_has_the_same_numbers_in_any_batch():
+    def draws(count):
+        return [rng.random() for rng in make_generators(7, count)]
+
+    assert draws(1) == draws(3)[:1]
+    assert draws(3)[:2] == draws(2)
+    assert len({*draws(3)}) == 3
+    assert make_generators(None, 1)[0].random() != make_generators(None, 1)[0].random()
+
+
+def test_log_softmax_is_that_of_torch():
+    torch = pytest.importorskip("torch")
+    logits = np.random.default_rng(0).normal(0, 9, (3, 50)).astype(np.float32)
+    logits[1] += 1e4
+    logits[2, :3] = -np.inf
+    expected = torch.log_softmax(torch.tensor(logits, dtype=torch.float64), -1).numpy()
+    np.testing.assert_allclose(log_softmax(logits), expected, atol=1e-12)
 
 
 def test_get_sampler_takes_names_dictionaries_and_objects():
@@ -105,6 +173,16 @@ def test_get_sampler_takes_names_dictionaries_and_objects():
         (lambda: RandomSampler(temperature=-1.0), "above 0"),
         (lambda: RandomSampler(temperature=float("nan")), "above 0"),
         (lambda: make_sampler(temperature=0, top_k=3), "have no effect"),
+        (lambda: MinPSampler(p=0.0), r"min_p must be in \(0, 1\]"),
+        (lambda: make_sampler(top_p=0.5, min_p=0), r"min_p must be in \(0, 1\]"),
+        (lambda: make_sampler(temperature=0, min_p=0.1), "have no effect"),
+        (lambda: BeamSampler(num_beams=1.5), "num_beams must be a positive integer"),
+        (lambda: BeamSampler(length_penalty=float("nan")), "length_penalty must be a finite"),
+        (lambda: read_options({"min_q": 0.5}), "'min_q'. Did you mean 'min_p'"),
+        (lambda: read_options({"sampler": "greedy", "min_p": 0.5}), "not both"),
+        (lambda: read_options({"sampler": "beam"}), "Beam search"),
+        (lambda: make_generators(-1, 1), "seed must be an integer"),
+        (lambda: make_generators("1", 1), "seed must be an integer"),
         (lambda: TextStream(str, stop=""), "non-empty strings"),
     ],
 )
@@ -181,5 +259,5 @@ def test_streaming_a_real_tokenizer_gives_its_text(tiny_tokenizer):
 
 
 def test_sampling_needs_no_tensorflow(run_child):
-    code = "import sys, tf_gptopt.models.sampling; print('tensorflow' in sys.modules)"
+    code = "import sys, tf_gptopt.models.choosing; print('tensorflow' in sys.modules)"
     assert run_child(code, devices=0).split() == ["False"]

@@ -1,4 +1,4 @@
-"""From logits to the next token, and from tokens to text as it comes: numpy only, no TensorFlow.
+"""From logits to the next token: numpy only, no TensorFlow.
 
 A sampler is called with `logits` `(batch, vocab_size)` float32 and a `numpy.random.Generator`, and
 returns `(batch,)` int64 token ids. The same objects serve Keras models and TFLite files.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,18 +51,20 @@ class TopKSampler:
         _check_temperature(self.temperature)
 
     def __call__(self, logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        ids, kept = _largest(_check(logits), self.k)
+        ids, kept = largest(_check(logits), self.k)
         return _pick(ids, _draw(_softmax(kept, self.temperature), rng))
 
 
 @dataclasses.dataclass(frozen=True)
 class TopPSampler:
     """A draw from the fewest most likely tokens whose probabilities reach `p` (nucleus sampling,
-    Holtzman et al. 2020); of the `k` most likely alone, if `k` is given."""
+    Holtzman et al. 2020); of the `k` most likely alone, and of those at least `min_p` times as
+    likely as the likeliest, where these are given."""
 
     p: float = 0.9
     k: int | None = None
     temperature: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.p <= 1.0:
@@ -70,21 +72,72 @@ class TopPSampler:
         if self.k is not None:
             _check_k(self.k)
         _check_temperature(self.temperature)
+        if self.min_p:
+            _check_min_p(self.min_p)
 
     def __call__(self, logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         _check(logits)
         if self.k is not None:
-            ids, logits = _largest(logits, self.k)
-            ids, kept = _nucleus(ids, _softmax(logits, self.temperature), self.p)
+            ids, logits = largest(logits, self.k)
+            kept = _nucleus(_softmax(logits, self.temperature), self.p, self.min_p)
         else:
             probabilities = _softmax(logits, self.temperature)
             # sorting 50,000 numbers costs as much as a small model; the nucleus is nearly always
             # among the first few hundred
-            ids, head = _largest(probabilities, 512)
-            if (head.sum(-1) < self.p).any():
-                ids, head = _largest(probabilities, probabilities.shape[-1])
-            ids, kept = _nucleus(ids, head, self.p)
+            count = 512
+            ids, head = largest(probabilities, count)
+            while (head.sum(-1) < self.p).any() and count < probabilities.shape[-1]:
+                count *= 8
+                ids, head = largest(probabilities, count)
+            kept = _nucleus(head, self.p, self.min_p)
         return _pick(ids, _draw(kept, rng))
+
+
+@dataclasses.dataclass(frozen=True)
+class MinPSampler:
+    """A draw from the tokens at least `p` times as likely as the likeliest, at this temperature
+    (Nguyen et al. 2024, arXiv:2407.01082)."""
+
+    p: float = 0.1
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_min_p(self.p)
+        _check_temperature(self.temperature)
+
+    def __call__(self, logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        # a ratio of probabilities is a difference of logits: few of them ever need a softmax
+        lowest = _check(logits).max(-1, keepdims=True) + self.temperature * np.log(self.p)
+        count = int((logits >= lowest).sum(-1).max())
+        if count > 1024:  # not worth sorting
+            kept = np.where(logits >= lowest, logits, -np.inf)
+            return _draw(_softmax(kept, self.temperature), rng)
+        ids, kept = largest(logits, count)
+        kept = np.where(kept >= lowest, kept, -np.inf)
+        return _pick(ids, _draw(_softmax(kept, self.temperature), rng))
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamSampler:
+    """Beam search: the `num_beams` likeliest continuations go on together, and the one wins whose
+    log-probability divided by (its number of new tokens) ** `length_penalty` is largest.
+
+    It is searched for by `models.beam_search`, not drawn: Keras models alone have it.
+    """
+
+    num_beams: int = 4
+    length_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.num_beams):
+            raise UserError(
+                f"num_beams must be a positive integer. Received: num_beams={self.num_beams!r}."
+            )
+        if not -float("inf") < self.length_penalty < float("inf"):
+            raise UserError(
+                "length_penalty must be a finite number; above 0 favours long completions, below "
+                f"0 short ones. Received: length_penalty={self.length_penalty}."
+            )
 
 
 SAMPLERS: dict[str, type] = {
@@ -92,17 +145,19 @@ SAMPLERS: dict[str, type] = {
     "random": RandomSampler,
     "top_k": TopKSampler,
     "top_p": TopPSampler,
+    "min_p": MinPSampler,
+    "beam": BeamSampler,
 }
 
 
-def get_sampler(sampler: str | dict[str, Any] | Sampler) -> Sampler:
+def get_sampler(sampler: str | dict[str, Any] | Sampler | BeamSampler) -> Sampler | BeamSampler:
     """A sampler from its name (`"top_k"`), a dictionary (`{"name": "top_k", "k": 40}`), or itself.
 
     Raises:
         UserError: for an unknown name or option (with the nearest known one), or an impossible
             value.
     """
-    if callable(sampler):
+    if callable(sampler) or isinstance(sampler, BeamSampler):
         return sampler
     if isinstance(sampler, str):
         sampler = {"name": sampler}
@@ -124,114 +179,60 @@ def get_sampler(sampler: str | dict[str, Any] | Sampler) -> Sampler:
 
 
 def make_sampler(
-    temperature: float | None = None, top_k: int | None = None, top_p: float | None = None
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> Sampler:
     """The sampler that these numbers mean: with none of them, or `temperature=0`, greedy.
 
     Args:
-        temperature: divides the logits; default 1 where `top_k` or `top_p` is given, else 0.
+        temperature: divides the logits; default 1 where another of these is given, else 0.
         top_k: keep the k most likely tokens.
         top_p: keep the most likely tokens that together reach this probability.
+        min_p: keep the tokens at least this many times as likely as the likeliest.
 
     Raises:
-        UserError: for impossible values, and for `top_k` or `top_p` beside `temperature=0`, which
-            would do nothing.
+        UserError: for impossible values, and for filters beside `temperature=0`, which would do
+            nothing.
     """
-    filtered = top_k is not None or top_p is not None
+    filtered = (top_k, top_p, min_p) != (None, None, None)
     if temperature is None:
         temperature = 1.0 if filtered else 0.0
     if temperature == 0:
         if filtered:
             raise UserError(
-                "temperature=0 is greedy: top_k and top_p have no effect there. "
-                "Set temperature above 0, or leave top_k and top_p out."
+                "temperature=0 is greedy: top_k, top_p and min_p have no effect there. "
+                "Set temperature above 0, or leave them out."
             )
         return GreedySampler()
-    if top_p is not None:
-        return TopPSampler(p=top_p, k=top_k, temperature=temperature)
+    if min_p is not None:
+        _check_min_p(min_p)
+    if top_p is not None or (top_k is not None and min_p is not None):
+        p = 1.0 if top_p is None else top_p
+        return TopPSampler(p=p, k=top_k, temperature=temperature, min_p=min_p or 0.0)
     if top_k is not None:
         return TopKSampler(k=top_k, temperature=temperature)
+    if min_p is not None:
+        return MinPSampler(p=min_p, temperature=temperature)
     return RandomSampler(temperature=temperature)
 
 
-class TextStream:
-    """Turns tokens into pieces of text as they come, and watches for stop strings.
-
-    A character can span tokens (byte-level BPE), and so can a stop string: a piece is held back
-    until it can no longer change. The pieces joined are exactly `decode(all tokens)`, up to the
-    first stop string, which is left out.
-
-    ```python
-    stream = TextStream(tokenizer.decode, stop=["\\n\\n"])
-    for token in tokens:
-        print(stream.push(token), end="")
-        if stream.stopped:
-            break
-    print(stream.finish())
-    ```
-    """
-
-    def __init__(
-        self, decode: Callable[[list[int]], str], stop: str | Sequence[str] | None = None
-    ) -> None:
-        self.stopped = False
-        self._decode = decode
-        self._stop = as_stop_strings(stop)
-        self._tokens: list[int] = []  # those whose characters are not complete yet
-        self._given = 0  # characters of theirs that are out already
-        self._held = ""  # complete text that may be the start of a stop string
-
-    def push(self, token: int) -> str:
-        """Add a token; returns the text that is certain now (often one piece, sometimes none)."""
-        self._tokens.append(int(token))
-        text = self._decode(self._tokens)
-        if text.endswith("\ufffd"):  # perhaps a character whose last bytes are still to come
-            ready = text[self._given : -1]
-            self._given = max(len(text) - 1, self._given)
-        else:
-            ready = text[self._given :]
-            self._tokens, self._given = [], 0
-        return self._release(ready)
-
-    def finish(self) -> str:
-        """What is still held back, when no more tokens come."""
-        if self.stopped:
-            return ""
-        rest = self._decode(self._tokens)[self._given :] if self._tokens else ""
-        self._tokens, self._given = [], 0
-        piece = self._release(rest)
-        if not self.stopped:
-            piece, self._held = piece + self._held, ""
-        return piece
-
-    def _release(self, text: str) -> str:
-        if self.stopped:
-            return ""
-        text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+def largest(values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and values of the `k` largest of each row, in falling order."""
+    if (others := values.shape[-1] - k) > 0:
+        ids = np.argpartition(values, others, axis=-1)[..., others:]
+    else:
+        ids = np.broadcast_to(np.arange(values.shape[-1]), values.shape)
+    order = np.argsort(-_pick_all(values, ids), axis=-1, kind="stable")
+    ids = np.take_along_axis(ids, order, -1)
+    return ids, _pick_all(values, ids)
 
 
-def as_stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Stop strings as a tuple; an empty one is an error, for it would stop everything."""
-    strings: Iterable[str] = (stop,) if isinstance(stop, str) else (stop or ())
-    strings = tuple(strings)
-    if not all(isinstance(item, str) and item for item in strings):
-        raise UserError(f"stop must be one or more non-empty strings. Received: {stop!r}.")
-    return strings
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many last characters of `text` are the first ones of `stop` (fewer than all of it)."""
-    for size in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Natural logarithms of softmax(logits), float64 of the same shape; the last axis sums to 1."""
+    shifted = logits - logits.max(-1, keepdims=True).astype(np.float64)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def _check(logits: np.ndarray) -> np.ndarray:
@@ -249,21 +250,12 @@ def _softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return scaled / scaled.sum(-1, keepdims=True)
 
 
-def _largest(values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and values of the `k` largest of each row, in falling order."""
-    if k < values.shape[-1]:
-        ids = np.argpartition(-values, k - 1, axis=-1)[..., :k]
-    else:
-        ids = np.broadcast_to(np.arange(values.shape[-1]), values.shape)
-    order = np.argsort(-_pick_all(values, ids), axis=-1, kind="stable")
-    ids = np.take_along_axis(ids, order, -1)
-    return ids, _pick_all(values, ids)
-
-
-def _nucleus(ids: np.ndarray, probabilities: np.ndarray, p: float) -> tuple[np.ndarray, np.ndarray]:
-    """Zeroes what comes after the first tokens that reach `p`; the rows are in falling order."""
+def _nucleus(probabilities: np.ndarray, p: float, min_p: float) -> np.ndarray:
+    """Zeroes what comes after the first tokens that reach `p`, and what is less than `min_p` times
+    as likely as the first; the rows are in falling order."""
     before = np.cumsum(probabilities, -1) - probabilities  # (batch, candidates)
-    return ids, np.where(before < p, probabilities, 0.0)
+    keep = (before < p) & (probabilities >= min_p * probabilities[:, :1])
+    return np.where(keep, probabilities, 0.0)
 
 
 def _draw(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -281,9 +273,21 @@ def _pick_all(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.take_along_axis(values, ids, -1)
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
+
+
 def _check_k(k: Any) -> None:
-    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
+    if not _is_count(k):
         raise UserError(f"top_k must be a positive integer. Received: k={k!r}.")
+
+
+def _check_min_p(p: float) -> None:
+    if not 0.0 < p <= 1.0:
+        raise UserError(
+            "min_p must be in (0, 1]: tokens less likely than that share of the likeliest are left "
+            f"out. Received: min_p={p}."
+        )
 
 
 def _check_temperature(temperature: float) -> None:

@@ -6,11 +6,11 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._startup import load_tensorflow
-from tf_gptopt.models.sampling import make_sampler
+from tf_gptopt.models.choosing import SamplingOptions, read_options
 
 EXAMPLE = Path("saved_models") / "example"
 # Small models repeat themselves when they are greedy
@@ -22,12 +22,10 @@ def stream_completion(
     prompt: str,
     *,
     max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
     seed: int | None = None,
     stop: Sequence[str] | None = None,
     threads: int | None = None,
+    **options: Unpack[SamplingOptions],
 ) -> Iterator[str]:
     """Pieces of text that continue `prompt`, as they are generated.
 
@@ -36,15 +34,14 @@ def stream_completion(
             Keras weights (TensorFlow is loaded).
         prompt: the text to complete.
         max_new_tokens: at most so many; default as many as the context has room for.
-        temperature: 0 is greedy; default 1 where `top_k` or `top_p` is given, else 0.
-        top_k: draw from the k most likely tokens.
-        top_p: draw from the most likely tokens that together reach this probability.
         seed: makes the draws repeatable.
         stop: strings that end the text.
         threads: processor threads; default all.
+        **options: how tokens are chosen, see `models.choosing.SamplingOptions`; default greedy.
 
     Raises:
-        UserError: when there is no model at `path`, or no tokenizer beside it.
+        UserError: when there is no model at `path`, no tokenizer beside it, or for an impossible
+            option.
     """
     path = Path(path)
     if (path / "model.tflite").is_file():
@@ -54,12 +51,13 @@ def stream_completion(
             f"There is no model at {path}. Name a .tflite file or a stage's folder, such as "
             "saved_models/python/export."
         )
-    sampler = make_sampler(temperature, top_k, top_p)
-    options: dict[str, Any] = {"sampler": sampler, "seed": seed, "stop": stop}
+    read_options(options)  # a mistake shows before a model is loaded
     if path.is_file():
         from tf_gptopt.tflite.runtime import TFLiteGPT
 
-        yield from TFLiteGPT(path, threads=threads).stream(prompt, max_new_tokens, **options)
+        yield from TFLiteGPT(path, threads=threads).stream(
+            prompt, max_new_tokens, seed=seed, stop=stop, **options
+        )
         return
     load_tensorflow()
     from tf_gptopt.models import checkpoints, generation
@@ -69,7 +67,21 @@ def stream_completion(
 
         tf.config.threading.set_intra_op_parallelism_threads(threads)
     model = checkpoints.load_checkpoint(path)
-    yield from generation.stream(model, prompt, max_new_tokens, **options)
+    yield from generation.stream(model, prompt, max_new_tokens, seed=seed, stop=stop, **options)
+
+
+def read_biases(words: Sequence[str]) -> dict[int, float]:
+    """`{token id: number}` from words such as `"13:-2.5"`."""
+    biases = {}
+    for word in words:
+        token, _, value = word.partition(":")
+        try:
+            biases[int(token)] = float(value)
+        except ValueError:
+            raise UserError(
+                f"--logit-bias takes token ids and numbers as in 13:-2.5. Received: {word!r}."
+            ) from None
+    return biases
 
 
 def say(prompt: str, pieces: Iterator[str]) -> None:

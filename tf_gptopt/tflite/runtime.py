@@ -12,15 +12,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from tf_gptopt._errors import UserError
+from tf_gptopt.models.choosing import Chooser, SamplingOptions, make_generators, read_options
 from tf_gptopt.models.config import GPTConfig
-from tf_gptopt.models.sampling import Sampler, TextStream, get_sampler, make_sampler
+from tf_gptopt.models.text_stream import TextStream
 from tf_gptopt.tflite.litert import load_litert
 from tf_gptopt.tflite.metadata import read_metadata
+from tf_gptopt.tflite.scoring import Score, score_tokens
 from tf_gptopt.tflite.session import Session
 
 _MOST_THREADS = 8  # more wait for each other: a token is a few milliseconds of many small products
@@ -76,60 +78,53 @@ class TFLiteGPT:
         prompt: str | Sequence[int],
         max_new_tokens: int | None = None,
         *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        sampler: Any = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> str | list[int]:
         """Complete a prompt: text for text, token ids for token ids, the prompt included.
 
         Args:
             prompt: text or token ids, at least one token and at most the context.
             max_new_tokens: default as many as the context has room for.
-            temperature: divides the logits; default 0 (greedy), or 1 beside `top_k` or `top_p`.
-            top_k: draw from the k most likely tokens.
-            top_p: draw from the most likely tokens that together reach this probability.
-            sampler: instead of these three, anything that `models.sampling.get_sampler` takes.
             seed: makes the draws repeatable.
             stop: strings that end the text.
+            **options: how tokens are chosen, see `models.choosing.SamplingOptions`: `temperature`,
+                `top_k`, `top_p`, `min_p`, `repetition_penalty`, `logit_bias` and others; default
+                greedy.
 
         Returns:
             Text, without the end-of-text token or stop string; or ids, the ending token included.
 
         Raises:
             UserError: for an empty or overlong prompt, ids outside the vocabulary, impossible
-                numbers, and text or stop strings without a tokenizer.
+                numbers, unknown options, and text or stop strings without a tokenizer.
         """
-        choice = _choose_sampler(temperature, top_k, top_p, sampler)
         if isinstance(prompt, str):
-            pieces = self.stream(prompt, max_new_tokens, sampler=choice, seed=seed, stop=stop)
+            pieces = self.stream(prompt, max_new_tokens, seed=seed, stop=stop, **options)
             return prompt + "".join(pieces)
+        chooser = read_options(options)
         ids = self._check_ids(prompt)
         text = TextStream(self.tokenizer.decode, stop) if stop else None
-        return ids.tolist() + list(self._generate(ids, max_new_tokens, choice, seed, text))
+        return ids.tolist() + list(self._generate(ids, max_new_tokens, chooser, seed, text))
 
     def stream(
         self,
         prompt: str | Sequence[int],
         max_new_tokens: int | None = None,
         *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        sampler: Any = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """What follows the prompt, in pieces of text as they are certain; arguments as `generate`.
 
         A piece never ends inside a character. `finish_reason` says afterwards why it ended.
         """
-        choice = _choose_sampler(temperature, top_k, top_p, sampler)
-        ids = self._check_ids(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-        text = _Pieces(self.tokenizer.decode, stop)
-        for _ in self._generate(ids, max_new_tokens, choice, seed, text):
+        chooser = read_options(options)
+        ids = self._as_ids(prompt)
+        text = TextStream(self.tokenizer.decode, stop)
+        for _ in self._generate(ids, max_new_tokens, chooser, seed, text):
             if text.piece:
                 yield text.piece
         if rest := text.finish():
@@ -139,7 +134,7 @@ class TFLiteGPT:
         self,
         ids: np.ndarray,
         max_new_tokens: int | None,
-        sampler: Sampler,
+        chooser: Chooser,
         seed: int | None,
         text: TextStream | None,
     ) -> Iterator[int]:
@@ -150,11 +145,13 @@ class TFLiteGPT:
         self._check_room(len(ids))
         room = self.config.max_sequence_length - len(ids)
         count = room if max_new_tokens is None else min(max_new_tokens, room)
-        rng = np.random.default_rng(seed)
+        (rng,) = make_generators(seed, 1)
+        history = np.empty(len(ids) + count, np.int32)
+        history[: len(ids)] = ids
         self.finish_reason = None
-        for _ in range(count):
-            logits = self._session.read(ids)
-            token = int(sampler(logits[None], rng)[0])
+        for length in range(len(ids), len(ids) + count):
+            token = chooser(self._session.read(ids), history[:length], rng)
+            history[length] = token
             if token == self.eot_id:
                 self.finish_reason = "eot"
             elif text is not None:
@@ -216,6 +213,38 @@ class TFLiteGPT:
         finally:
             self.reset()
 
+    def score(self, text: str | Sequence[int], prompt: str | Sequence[int] | None = None) -> Score:
+        """How likely the model holds a text to be, token by token.
+
+        Args:
+            text: text or token ids.
+            prompt: what comes before it, text or ids; its own tokens are not scored. Text is
+                encoded for itself, so no token spans the two.
+
+        Returns:
+            The log-probability of each token of `text`, and their sum. Without a prompt, the first
+            token has nothing before it: the scores begin with the second. The tokens in the cache
+            are forgotten.
+
+        Raises:
+            UserError: when nothing is left to score, for ids outside the vocabulary, for more
+                tokens than the context has room for (the last is not read), and for text without
+                a tokenizer.
+        """
+        ids = self._as_ids(text)
+        before, ids = (ids[:1], ids[1:]) if prompt is None else (self._as_ids(prompt), ids)
+        if not len(ids):
+            raise UserError(
+                "One token alone has nothing before it to score it by. Give a longer text, or a "
+                "prompt (the end-of-text token begins a document)."
+            )
+        self.reset()
+        self._check_room(len(before) + len(ids) - 1)
+        try:
+            return score_tokens(self._session, before, ids)
+        finally:
+            self.reset()
+
     # The tokenizer, and what comes in
 
     @property
@@ -260,6 +289,9 @@ class TFLiteGPT:
             )
         return tokenizer
 
+    def _as_ids(self, text: str | Sequence[int]) -> np.ndarray:
+        return self._check_ids(self.tokenizer.encode(text) if isinstance(text, str) else text)
+
     def _check_ids(self, ids: Any) -> np.ndarray:
         array = np.asarray(ids)
         if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
@@ -284,26 +316,6 @@ class TFLiteGPT:
                 f"{count} tokens do not fit: the model's context is {context} tokens{used}. "
                 "Shorten the text, or call reset() to start anew."
             )
-
-
-class _Pieces(TextStream):
-    """A `TextStream` that keeps the last piece, for a caller who did not push it."""
-
-    piece = ""
-
-    def push(self, token: int) -> str:
-        self.piece = super().push(token)
-        return self.piece
-
-
-def _choose_sampler(
-    temperature: float | None, top_k: int | None, top_p: float | None, sampler: Any
-) -> Sampler:
-    if sampler is None:
-        return make_sampler(temperature, top_k, top_p)
-    if (temperature, top_k, top_p) != (None, None, None):
-        raise UserError("Give a sampler, or temperature, top_k and top_p, but not both.")
-    return get_sampler(sampler)
 
 
 def _choose_threads(threads: int | None) -> int:

@@ -1,0 +1,111 @@
+"""The options by which every `generate` and `stream` chooses tokens, and the choice itself.
+
+numpy only, no TensorFlow: Keras models and TFLite files choose alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import numpy as np
+
+from tf_gptopt._errors import UserError, suggest
+from tf_gptopt.models.penalties import Penalties
+from tf_gptopt.models.sampling import BeamSampler, Sampler, get_sampler, make_sampler
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How the next token is chosen. All of it may be left out, and None is left out.
+
+    Keys:
+        sampler: a name (`"greedy"`, `"random"`, `"top_k"`, `"top_p"`, `"min_p"`; `"beam"` for the
+            `generate` of a Keras model), a dictionary such as `{"name": "top_k", "k": 40}`, or a
+            function of (logits, rng). The next four stand for one, so give these or that.
+        temperature: divides the logits; 0 is greedy, default 1 beside `top_k`, `top_p` or `min_p`.
+        top_k: keep the k most likely tokens.
+        top_p: keep the most likely tokens that together reach this probability.
+        min_p: keep the tokens at least this many times as likely as the likeliest.
+        repetition_penalty, frequency_penalty, presence_penalty: what tokens lose that prompt or
+            completion hold; see `models.penalties.Penalties`.
+        logit_bias: `{token id: number}`, added to the logits; `-float("inf")` forbids a token.
+    """
+
+    sampler: Any
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+
+
+_NUMBERS = ("temperature", "top_k", "top_p", "min_p")
+_PENALTIES = tuple(field.name for field in dataclasses.fields(Penalties))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chooser:
+    """Penalties, then a sampler."""
+
+    sampler: Sampler | BeamSampler
+    penalties: Penalties
+
+    def __call__(self, logits: np.ndarray, history: np.ndarray, rng: np.random.Generator) -> int:
+        """The next token of one sequence.
+
+        Args:
+            logits: `(vocab_size,)` float32; the penalties change them where they are.
+            history: `(time,)` integers, the tokens of prompt and completion so far.
+            rng: the sequence's own.
+        """
+        row = logits[None]
+        return int(self.sampler(self.penalties(row, [history], out=row), rng)[0])
+
+
+def read_options(
+    options: Mapping[str, Any], default: Any = "greedy", *, beams: bool = False
+) -> Chooser:
+    """The chooser that `SamplingOptions` mean.
+
+    Args:
+        options: `SamplingOptions`.
+        default: the sampler without any; anything that `get_sampler` takes.
+        beams: whether the caller can search with beams.
+
+    Raises:
+        UserError: for unknown names, impossible values and a sampler beside numbers that mean one.
+    """
+    for name in options:
+        if name not in SamplingOptions.__annotations__:
+            hint = suggest(name, SamplingOptions.__annotations__)
+            raise UserError(f"Unknown sampling option {name!r}.{hint}")
+    given = {name: value for name, value in options.items() if value is not None}
+    numbers = {name: given[name] for name in _NUMBERS if name in given}
+    if numbers and "sampler" in given:
+        raise UserError(f"Give a sampler, or {', '.join(numbers)}, but not both.")
+    sampler = make_sampler(**numbers) if numbers else get_sampler(given.get("sampler", default))
+    if isinstance(sampler, BeamSampler) and not beams:
+        raise UserError(
+            "Beam search knows its text at the end alone and needs several sequences at once: only "
+            "generate() of a Keras model has it. Choose another sampler."
+        )
+    return Chooser(
+        sampler, Penalties(**{name: given[name] for name in _PENALTIES if name in given})
+    )
+
+
+def make_generators(seed: int | None, count: int) -> list[np.random.Generator]:
+    """A random generator for each of `count` sequences: what one draws depends on the seed and on
+    its place alone, never on the other sequences or their number.
+
+    Raises:
+        UserError: for a seed that is no integer of 0 or more.
+    """
+    wrong = not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0
+    if seed is not None and wrong:
+        raise UserError(f"seed must be an integer of 0 or more. Received: seed={seed!r}.")
+    return [np.random.default_rng(part) for part in np.random.SeedSequence(seed).spawn(count)]
