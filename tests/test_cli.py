@@ -65,6 +65,8 @@ def test_mistakes_in_values():
     assert_mistake(tf_gptopt("run", "--set", "train.fit.steps=-1"), "steps")
     assert_mistake(tf_gptopt("generate", "--max-new-tokens", "many", "x"), "max_new_tokens")
     assert_mistake(tf_gptopt("generate"), "prompt")
+    assert_mistake(tf_gptopt("generate", "x", "--logit-bias", "13"), "13:-2.5", "Received: '13'")
+    assert_mistake(tf_gptopt("generate", "x", "--min-p", "2"), "min_p must be in (0, 1]")
     assert_mistake(tf_gptopt("generate", "nowhere.tflite", "x"), "nowhere.tflite")
     assert_mistake(tf_gptopt("evaluate", "nowhere", "--dataset", "x"), "nowhere does not exist")
 
@@ -80,6 +82,29 @@ def test_mistakes_in_a_section_of_a_section(tmp_path):
     assert_mistake(tf_gptopt("prune", *folders, "--pruning.score", "wandaa"), "mean 'wanda'")
     teacher = ("--teacher", *folders[1:], "--student.parameters", 0.3, "--rounds", 2)
     assert_mistake(tf_gptopt("distill", *teacher), "Take rounds=3")
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_are_explained_in_a_line_each():
+    from tf_gptopt.compression.quantization.config import RECIPES
+    from tf_gptopt.recipes.explain import describe_runs
+
+    done = tf_gptopt("recipes", PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0, done.stderr
+    assert "tensorflow" not in done.stderr
+    for name, line in [*((k, v[1]) for k, v in RECIPES.items()), *describe_runs().items()]:
+        assert any(f" {name} " in row and line in row for row in done.stdout.splitlines()), name
+
+
+def test_mistakes_about_quantization(tmp_path):
+    folders = ("--model", tmp_path, "--out", tmp_path / "out")
+    wrong = ("--quantization", "int4-gtpq")
+    assert_mistake(tf_gptopt("export", *folders, *wrong), "Did you mean 'int4-gptq'?")
+    wrong = ("--quantization", "int8-static", "--quantization.granularity", 32)
+    assert_mistake(tf_gptopt("quantize", *folders, *wrong), "Blocks are for int4")
+    absent = ("sensitivity", tmp_path / "absent", "--data", tmp_path)
+    assert_mistake(tf_gptopt(*absent), "absent does not exist")
+    assert_mistake(tf_gptopt(*absent, "--bytes", 1.0, "--loss", 0.1), "one budget")
     assert not (tmp_path / "out").exists()
 
 
@@ -166,3 +191,23 @@ def test_options_of_training_may_be_written_short():
     given = "--one-shot --calibration 8 --steps 3 --pruning.score wanda"
     want = "--one_shot true --calibration 8 --fit.steps 3 --pruning.score wanda"
     assert spelt_out(given.split(), PruneSection) == want.split()
+
+
+def test_a_scheme_may_be_named_and_changed():
+    from tf_gptopt._options import Options
+    from tf_gptopt.compression.quantization.config import QuantConfig
+    from tf_gptopt.recipes.sections import ExportSection, QatSection
+    from tf_gptopt.recipes.stage_command import schemes_read
+
+    def parsed(words, section):
+        options = Options("x", "y")
+        options.section(section)
+        return options.parse(schemes_read(words.split()), section)[1].quantization
+
+    for section in (ExportSection, QatSection):
+        named = parsed("--quantization int4-gptq --quantization.granularity 64", section)
+        assert named == QuantConfig.from_recipe("int4-gptq", granularity=64)
+        named = parsed("--calibration 3 --quantization=int8-static", section)
+        assert named == QuantConfig.from_recipe("int8-static")
+        fields = parsed("--quantization.weights int4 --quantization.kv_cache int8", section)
+        assert fields == QuantConfig("int4", kv_cache="int8")

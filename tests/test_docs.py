@@ -37,7 +37,10 @@ def test_the_map_is_the_tree():
 
 def test_readme_prints_the_two_commands():
     commands = re.findall(r"^pip install .+ && .+$", README.read_text("utf-8"), re.M)
-    assert commands == ["pip install . && tf-gptopt run", "pip install '.[test]' && pytest"]
+    assert commands == [
+        "pip install . && tf-gptopt run",
+        "pip install '.[test]' && pytest -n 2 --dist loadfile",
+    ]
 
 
 def test_readme_tree_is_real():

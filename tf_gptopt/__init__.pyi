@@ -15,7 +15,11 @@ from tf_gptopt.compression.pruning.config import PruneConfig as PruneConfig
 from tf_gptopt.compression.pruning.pruner import prune as prune
 from tf_gptopt.compression.pruning.pruner import sparsity as sparsity
 from tf_gptopt.compression.pruning.pruner import strip_pruning as strip_pruning
+from tf_gptopt.compression.quantization.adaptive_bits import AdaptiveBits as AdaptiveBits
+from tf_gptopt.compression.quantization.aware_state import final_config as final_config
+from tf_gptopt.compression.quantization.bit_schedule import BitSchedule as BitSchedule
 from tf_gptopt.compression.quantization.config import QuantConfig as QuantConfig
+from tf_gptopt.compression.quantization.ptq import quantize as quantize
 from tf_gptopt.compression.quantization.qat import quantize_aware as quantize_aware
 from tf_gptopt.compression.quantization.qat import strip_quantization as strip_quantization
 from tf_gptopt.compression.structured.config import ShrinkConfig as ShrinkConfig
@@ -28,6 +32,8 @@ from tf_gptopt.data.packing import write_dataset as write_dataset
 from tf_gptopt.data.tokenizer import train_tokenizer as train_tokenizer
 from tf_gptopt.evaluation.compare import Candidate as Candidate
 from tf_gptopt.evaluation.compare import evaluate as evaluate
+from tf_gptopt.evaluation.sensitivity import measure_sensitivity as measure_sensitivity
+from tf_gptopt.evaluation.sensitivity_table import Sensitivity as Sensitivity
 from tf_gptopt.models.checkpoints import load_checkpoint as load_checkpoint
 from tf_gptopt.models.checkpoints import load_model as load_model
 from tf_gptopt.models.checkpoints import save_model as save_model

@@ -29,8 +29,11 @@ COMMANDS = {
     "shrink": "remove heads, neurons, layers or channels for real",
     "prune": "zero the weights that matter least, at once or while training on",
     "qat": "quantization-aware training",
-    "export": "write an int8 .tflite file with a KV cache",
+    "quantize": "quantization after training: rounding, GPTQ, SmoothQuant",
+    "export": "write a .tflite file with a KV cache, int8 or another scheme",
     "evaluate": "compare models and files: quality, size, speed",
+    "sensitivity": "which layers quantization or pruning hurts; a mixed scheme for a budget",
+    "recipes": "the recipes of quantization, and of runs, each in a line",
     "plan": "what fits into the memory of which devices, and why",
     "launch": "run a command on several processes of this machine, as a cluster",
 }
@@ -130,37 +133,53 @@ def _generate(options: Options, argv: list[str]) -> int:
     options.add("--max-new-tokens", type=int, default=100, help="how many tokens to write")
     options.add(
         "--temperature", type=float, default=None,
-        help="0 is greedy; default 1 with --top-k or --top-p, and without them 0.7 with top-k 40",
+        help="0 is greedy; default 1 beside the next three, and without them 0.7 with top-k 40",
     )  # fmt: skip
     options.add("--top-k", type=int, default=None, help="sample among the k likeliest")
     options.add("--top-p", type=float, default=None, help="sample among the likeliest share p")
+    options.add(
+        "--min-p", type=float, default=None,
+        help="sample among those at least this many times as likely as the likeliest, e.g. 0.05",
+    )  # fmt: skip
+    for name, text in {
+        "repetition": "divides what speaks for a token of prompt or completion, e.g. 1.2",
+        "frequency": "taken from a logit each time prompt or completion hold the token, e.g. 0.5",
+        "presence": "taken once from the logit of every token of prompt or completion",
+    }.items():
+        options.add(f"--{name}-penalty", type=float, default=None, help=text)
+    options.add(
+        "--logit-bias", nargs="*", default=[], metavar="ID:VALUE",
+        help="added to a token's logit, e.g. 13:-2.5; ID:-inf forbids it",
+    )  # fmt: skip
     options.add("--seed", type=int, default=None, help="makes sampling repeatable")
     options.add("--stop", nargs="*", default=[], help="strings that end the completion")
     options.add("--threads", type=int, default=None, help="processor threads (default: all)")
     given, _ = options.parse(argv)
-    from tf_gptopt.recipes.speak import SAMPLING, example_model, say, stream_completion
+    from tf_gptopt.recipes import speak
 
     model, prompt = given.model, given.prompt
     if prompt is None:  # one argument: a prompt for the example model
         model, prompt = None, model
     if prompt is None:
         raise UserError('Give a prompt: tf-gptopt generate [MODEL] "def main("')
-    path = Path(model) if model is not None else example_model()
-    temperature, top_k, top_p = given.temperature, given.top_k, given.top_p
-    if temperature is None and top_k is None and top_p is None:
-        temperature, top_k = SAMPLING["temperature"], SAMPLING["top_k"]
-    pieces = stream_completion(
+    path = Path(model) if model is not None else speak.example_model()
+    numbers = {name: given[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+    if not any(value is not None for value in numbers.values()):
+        numbers = speak.SAMPLING
+    pieces = speak.stream_completion(
         path,
         prompt,
         max_new_tokens=given.max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
         seed=given.seed,
         stop=given.stop or None,
         threads=given.threads,
+        repetition_penalty=given.repetition_penalty,
+        frequency_penalty=given.frequency_penalty,
+        presence_penalty=given.presence_penalty,
+        logit_bias=speak.read_biases(given.logit_bias),
+        **numbers,
     )
-    say(prompt, pieces)
+    speak.say(prompt, pieces)
     return 0
 
 
@@ -191,6 +210,21 @@ def _evaluate(options: Options, argv: list[str]) -> int:
     console.note(report.why)
     if given.out:
         write_report(report, given.out, "Evaluation")
+    return 0
+
+
+def _sensitivity(options: Options, argv: list[str]) -> int:
+    from tf_gptopt.recipes.sensitivity_command import sensitivity_command
+
+    return sensitivity_command(options, argv)
+
+
+def _recipes(options: Options, argv: list[str]) -> int:
+    options.parse(argv)
+    from tf_gptopt.recipes.console import Console
+    from tf_gptopt.recipes.explain import explain_recipes
+
+    explain_recipes(Console())
     return 0
 
 

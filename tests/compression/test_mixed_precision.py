@@ -17,8 +17,8 @@ from tf_gptopt._keras import keras
 from tf_gptopt.compression.distillation.distiller import Distiller
 from tf_gptopt.compression.pruning.config import PruneConfig
 from tf_gptopt.compression.pruning.pruner import prune, sparsity, strip_pruning
+from tf_gptopt.compression.quantization.grids import find_grid
 from tf_gptopt.compression.quantization.qat import quantize_aware, strip_quantization
-from tf_gptopt.compression.quantization.quantizers import int8_fake_quantize
 from tf_gptopt.models.checkpoints import load_checkpoint, save_model
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.training.config import TrainConfig
@@ -148,9 +148,9 @@ def test_what_a_stage_promises_holds(roads, precision):
     assert sparsity(models["distill"])["total"] == pytest.approx(0.5, abs=1e-3)
     for name, kernel in kernels["qat"].items():
         assert not kernel[kernels["distill"][name] == 0].any(), name
-        np.testing.assert_array_equal(int8_fake_quantize(kernel, 1), kernel, err_msg=name)
-    table = models["qat"].base_layer("token_embedding").embeddings
-    np.testing.assert_array_equal(int8_fake_quantize(table, 0), table)
+        assert find_grid(kernel.T) is not None, name
+    table = models["qat"].base_layer("token_embedding").embeddings.numpy()
+    assert find_grid(table) is not None
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
-from tf_gptopt.compression.quantization.config import QuantConfig
+from tf_gptopt.compression.quantization.aware_state import final_config, quantized_layers
+from tf_gptopt.compression.quantization.config import BITS, QuantConfig
+from tf_gptopt.compression.quantization.grids import find_grid
+from tf_gptopt.compression.quantization.ptq import quantize
 from tf_gptopt.compression.quantization.qat import (
     is_quantization_aware,
     quantize_aware,
     strip_quantization,
 )
-from tf_gptopt.compression.quantization.quantizers import int8_fake_quantize, int8_scales
+from tf_gptopt.compression.quantization.rounding import (
+    matrix_rows,
+    quantizable_layers,
+    round_weights,
+)
 from tf_gptopt.models.checkpoints import assign_weights, named_weights
 from tf_gptopt.models.folding import fold_layer_norms
 from tf_gptopt.models.gpt import GPTModel
@@ -51,84 +55,19 @@ def halved(model: GPTModel, seed: int = 1) -> GPTModel:
     return model
 
 
-def quantized_names(model: GPTModel) -> dict[str, int]:
-    """Name of each quantized weight and its channel axis."""
-    axes = {name: 1 for name in named_weights(model) if name.endswith("/kernel")}
-    return {**axes, "token_embedding/embeddings": 0}
+def matrices(model: GPTModel) -> dict[str, np.ndarray]:
+    """What can be quantized, `(rows, width)`, by layer."""
+    weights = named_weights(model)
+    return {x: matrix_rows(n, weights[n]) for x, n in quantizable_layers(weights).items()}
 
 
-def requantize(weights: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """What any symmetric max-abs quantizer computes: (integers, scales)."""
-    largest = np.abs(weights).max(axis=1 - axis, keepdims=True)
-    scales = np.where(largest == 0, 1, largest / np.float32(127)).astype(np.float32)
-    return np.rint(weights / scales), scales
-
-
-def assert_on_grid(weights: np.ndarray, axis: int) -> None:
-    integers, scales = requantize(weights, axis)
-    assert np.abs(integers).max() <= 127
-    np.testing.assert_array_equal(integers.astype(np.float32) * scales, weights)
-
-
-# The grid
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    weights=arrays.arrays(
-        np.float32,
-        arrays.array_shapes(min_dims=2, max_dims=2, max_side=7),
-        elements=st.floats(-(2.0**66), 2.0**66, width=32)
-        | st.floats(-1, 1, width=32)
-        | st.just(0.0),
-    ),
-    axis=st.integers(0, 1),
-)
-def test_weights_on_the_grid_quantize_to_themselves(weights: np.ndarray, axis: int) -> None:
-    scales = int8_scales(weights, axis).numpy()
-    result = int8_fake_quantize(weights, axis).numpy()
-    assert np.isfinite(result).all()
-    assert (scales > 0).all()
-    integers, scales_again = requantize(result, axis)
-    alive = result.any(axis=1 - axis, keepdims=True)
-    assert (np.abs(weights) < 1e-29)[np.broadcast_to(~alive, weights.shape)].all()
-    np.testing.assert_array_equal(scales_again[alive], scales[alive])  # to the last bit
-    np.testing.assert_array_equal(integers, np.rint(result / scales))
-    largest = np.abs(integers).max(axis=1 - axis, keepdims=True)
-    np.testing.assert_array_equal(largest, np.where(alive, 127, 0))
-    assert (np.abs(result - weights) <= 0.501 * np.where(alive, scales, 1e-29)).all()
-    np.testing.assert_array_equal(int8_fake_quantize(result, axis).numpy(), result)
-
-
-def test_every_one_of_many_scales_comes_back_exactly() -> None:
-    # with a scale of full precision, max|w| / 127 of about one channel in 128 would differ
-    weights = np.random.default_rng(0).normal(size=(20_000, 5)).astype(np.float32)
-    result = int8_fake_quantize(weights, 0).numpy()
-    expected = int8_scales(weights, 0).numpy()
-    np.testing.assert_array_equal(requantize(result, 0)[1], expected)
-    np.testing.assert_allclose(expected, np.abs(weights).max(1, keepdims=True) / 127, rtol=2**-16)
-    # nor does it matter how the next tool divides
-    for again in (result * (np.float32(1) / expected), result.astype(np.float64) / expected):
-        np.testing.assert_array_equal(np.rint(again) * expected, result)
-
-
-def test_a_channel_of_zeros_stays_zero_and_finite() -> None:
-    weights = np.float32([[0, 1, 1e-38], [0, -3, 0]])
-    np.testing.assert_array_equal(int8_scales(weights, 1)[0, ::2], [1, 1])
-    np.testing.assert_array_equal(int8_fake_quantize(weights, 1)[:, ::2], np.zeros((2, 2)))
-
-
-def test_gradients_pass_straight_through_and_stop_at_the_mask() -> None:
-    weights = tf.Variable(np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32))
-    factors = tf.reshape(tf.range(12.0) - 5.0, (4, 3))
-    mask = tf.reshape(tf.range(12), (4, 3)) % 3 != 0
-    for used, expected in ((None, factors), (mask, tf.where(mask, factors, 0.0))):
-        with tf.GradientTape() as tape:
-            result = int8_fake_quantize(weights, 1, used)
-            loss = tf.reduce_sum(result * factors)
-        np.testing.assert_array_equal(tape.gradient(loss, weights), expected)
-        if used is not None:
-            np.testing.assert_array_equal(result.numpy() != 0, mask)
+def assert_on_grid(model: GPTModel, config: QuantConfig = QuantConfig()) -> None:
+    for layer, rows in matrices(model).items():
+        kind, group = config.weights_of(layer), config.group_of(layer, rows.shape[1])
+        if kind in BITS:
+            grid = find_grid(rows, BITS[kind], group)
+            assert grid is not None, layer
+            np.testing.assert_array_equal(grid.values(), rows)
 
 
 # The model
@@ -169,10 +108,10 @@ def test_strip_is_the_same_function_on_the_grid(tiny_model, tied: bool) -> None:
     assert not is_quantization_aware(plain)
     np.testing.assert_array_equal(plain(inputs), logits)
     weights = named_weights(plain)
-    axes = quantized_names(plain)
-    assert ("token_logits/kernel" in axes) is not tied
-    for name, axis in axes.items():
-        assert_on_grid(weights[name], axis)
+    positions = weights["position_embedding/embeddings"]
+    np.testing.assert_array_equal(positions, positions.astype(np.float16))  # as the file has them
+    assert ("token_logits" in matrices(plain)) is not tied
+    assert_on_grid(plain)
     assert len(plain.trainable_weights) == len(plain.weights)  # norms train again
     # a second round starts from the same grid
     again = named_weights(strip_quantization(quantize_aware(plain)))
@@ -180,14 +119,60 @@ def test_strip_is_the_same_function_on_the_grid(tiny_model, tied: bool) -> None:
         np.testing.assert_array_equal(again[name], weight)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_every_kind_of_weights_in_one_model(tiny_model, learned: bool) -> None:
+    layers = {
+        "block_0_qkv": "int4",
+        "block_0_proj": "int4:64",  # which its rows of 48 are not: a channel
+        "block_0_fc": "int8:tensor",
+        "token_*": "int4:channel",
+        "block_1_qkv": "float32",
+        "block_1_proj": "float16",
+    }
+    config = QuantConfig("int8", layers=layers, range="mse", float_layers="block_1_out")
+    model = tiny_model(embedding_dim=64, num_heads=(2, 4), head_dim=24, tie_embeddings=False)
+    aware = quantize_aware(model, config, learned_ranges=learned)
+    rounded = quantize(model, config)
+    assert_on_grid(strip_quantization(aware), config)
+    for layer, rows in matrices(strip_quantization(aware)).items():
+        # nothing has been trained yet
+        np.testing.assert_array_equal(rows, matrices(rounded)[layer], err_msg=layer)
+    scales = [weight for weight in aware.trainable_weights if "clip" in weight.name]
+    assert len(scales) == learned * len(quantized_layers(aware))
+    train(aware, epochs=1)
+    assert all((scale.numpy() != 1).any() for scale in scales)
+    plain = strip_quantization(aware)
+    np.testing.assert_array_equal(plain(text()[0]), aware(text()[0]))
+    assert_on_grid(plain, config)
+    assert final_config(aware) == config
+    # whoever comes from there, as from GPTQ, begins there
+    again = matrices(strip_quantization(quantize_aware(plain, config, learned_ranges=learned)))
+    for layer, rows in matrices(plain).items():
+        np.testing.assert_array_equal(again[layer], rows, err_msg=layer)
+
+
+def test_one_range_for_all(tiny_model) -> None:
+    config = QuantConfig("int4", granularity="global")
+    model = tiny_model(num_layers=1)
+    aware = quantize_aware(model, config)
+    rounded = matrices(quantize(model, config))
+    for layer, rows in matrices(strip_quantization(aware)).items():
+        np.testing.assert_array_equal(rows, rounded[layer])
+    train(aware, epochs=1)
+    grids = [find_grid(rows, 4, "global") for rows in matrices(strip_quantization(aware)).values()]
+    assert len({grid.scales.item() for grid in grids}) == 1
+    with pytest.raises(UserError, match="not learned"):
+        quantize_aware(model, config, learned_ranges=True)
+
+
 def test_layer_norms_are_folded_and_frozen(tiny_model) -> None:
     model = tiny_model()
     folded = fold_layer_norms(named_weights(model))
     aware = quantize_aware(model)
     plain = named_weights(strip_quantization(aware))
-    for name, axis in quantized_names(model).items():
-        scales = requantize(folded[name], axis)[1]
-        assert (np.abs(plain[name] - folded[name]) <= 0.51 * scales).all()
+    rounded = round_weights(folded, QuantConfig())
+    for name, weight in rounded.items():  # nothing has been trained yet
+        np.testing.assert_array_equal(plain[name], weight, err_msg=name)
     np.testing.assert_array_equal(plain["block_1_qkv/bias"], folded["block_1_qkv/bias"])
     trainable = {id(variable) for variable in aware.trainable_weights}
     for norm in ("block_0_attention_norm", "block_1_mlp_norm"):
@@ -207,7 +192,7 @@ def test_norms_that_somebody_unfroze_are_folded_again(tiny_model) -> None:
     train(aware, epochs=1)
     weights = named_weights(strip_quantization(aware))
     np.testing.assert_array_equal(weights["block_0_mlp_norm/gamma"], np.ones(24))
-    assert_on_grid(weights["block_0_fc/kernel"], 1)
+    assert find_grid(weights["block_0_fc/kernel"].T) is not None
 
 
 def test_gradients_are_those_of_the_stripped_model(tiny_model) -> None:
@@ -232,26 +217,25 @@ def test_gradients_are_those_of_the_stripped_model(tiny_model) -> None:
 
 
 def test_zeros_stay_zero_through_training(tiny_model) -> None:
-    model = halved(tiny_model())
+    model = halved(tiny_model(num_layers=1))
     zeros = {name: weight == 0 for name, weight in named_weights(model).items()}
     aware = quantize_aware(model)
     # an optimizer with momentum and decay, and weights knocked off zero, as no training would
-    losses = train(aware, epochs=10, optimizer=keras.optimizers.AdamW(3e-3, weight_decay=0.1))
+    losses = train(aware, epochs=6, optimizer=keras.optimizers.AdamW(3e-3, weight_decay=0.1))
     assert losses[-1] < losses[0]
-    for layer in aware.layers:
-        if hasattr(layer, "quantized_weights"):
-            raw = layer.quantized_weights[0][0]
-            raw.assign_add(tf.fill(raw.shape, 1e-2))
+    for layer in quantized_layers(aware):
+        raw = layer.quantized_weights[0][0]
+        raw.assign_add(tf.fill(raw.shape, 1e-2))
     train(aware, epochs=1, optimizer=keras.optimizers.SGD(0.1, momentum=0.9))
     logits = aware(text()[0]).numpy()
     plain = strip_quantization(aware)
     np.testing.assert_array_equal(plain(text()[0]), logits)
     weights = named_weights(plain)
-    for name, axis in quantized_names(model).items():
+    for name in quantizable_layers(weights).values():
         assert 0.3 < zeros[name].mean() < 0.7
         assert (weights[name][zeros[name]] == 0).all()
         assert (weights[name] == 0).mean() < 0.75  # and the others live
-        assert_on_grid(weights[name], axis)
+    assert_on_grid(plain)
 
 
 def test_a_dense_model_carries_no_mask(tiny_model) -> None:
@@ -323,8 +307,9 @@ def test_a_frozen_layer_does_not_train(tiny_model) -> None:
     assert strip_quantization(aware).get_layer("block_0_fc").trainable is False
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("policy_lasts", [True, False])
+@pytest.mark.parametrize(
+    ("policy", "policy_lasts"), [("mixed_bfloat16", True), ("mixed_float16", False)]
+)
 def test_mixed_precision(tiny_model, policy: str, policy_lasts: bool) -> None:
     keras.mixed_precision.set_global_policy(policy)
     model = tiny_model(num_layers=1, tie_embeddings=False)
@@ -338,8 +323,7 @@ def test_mixed_precision(tiny_model, policy: str, policy_lasts: bool) -> None:
     assert {w.dtype for w in aware.trainable_weights} == {tf.float32}
     plain = strip_quantization(aware)
     np.testing.assert_array_equal(plain(text()[0]), aware(text()[0]))
-    for name, axis in quantized_names(plain).items():
-        assert_on_grid(named_weights(plain)[name], axis)
+    assert_on_grid(plain)
 
 
 def test_under_mirrored_strategy_and_back_from_disk(run_child, tmp_path) -> None:
@@ -368,6 +352,22 @@ def test_under_mirrored_strategy_and_back_from_disk(run_child, tmp_path) -> None
         plain = strip_quantization(aware)
         np.testing.assert_array_equal(plain(ids[:, :-1]), aware(ids[:, :-1]))
         assert np.mean(plain.get_layer("block_0_fc").get_weights()[0] == 0) > 0.3
+        # static activations: each replica follows its half of the batch, and their mean is read
+        from tf_gptopt.compression.quantization.config import QuantConfig
+        config = QuantConfig(activations="static", kv_cache="int8")
+        found = []
+        for scope in (tf.distribute.get_strategy().scope, strategy.scope):
+            with scope():
+                model = GPTModel(61, 24, 1, 3, max_sequence_length=16)
+                model.set_weights([np.full(w.shape, 0.1) * np.sign(w) for w in weights[:16]])
+                static = quantize_aware(model, config, learned_ranges=True)
+                static.compile(keras.optimizers.SGD(0.1),
+                               keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+            losses = static.fit(ids[:, :-1], ids[:, 1:], batch_size=8, epochs=2, shuffle=False,
+                                verbose=0).history["loss"]
+            ranges = strip_quantization(static).activation_ranges
+            found.append([*losses, *ranges["block_0_qkv/input"], *ranges["block_0_fc/output"]])
+        np.testing.assert_allclose(found[0], found[1], rtol=0.2)
         aware.save({str(tmp_path / "mirrored.keras")!r})
         np.save({str(tmp_path / "logits.npy")!r}, aware(ids[:, :-1]))
     """
@@ -400,12 +400,11 @@ def test_float_layers_stay_float(tiny_model) -> None:
     model = tiny_model()
     config = QuantConfig("int8", float_layers=("token_embedding", "block_1_*"))
     aware = quantize_aware(model, config)
-    plain, folded = named_weights(strip_quantization(aware)), fold_layer_norms(named_weights(model))
-    for name, axis in quantized_names(model).items():
-        if name.startswith(("token_embedding", "block_1")):
-            np.testing.assert_array_equal(plain[name], folded[name])
-        else:
-            assert_on_grid(plain[name], axis)
+    plain, folded = strip_quantization(aware), fold_layer_norms(named_weights(model))
+    weights = named_weights(plain)
+    for name in ("token_embedding/embeddings", "block_1_qkv/kernel", "block_1_out/kernel"):
+        np.testing.assert_array_equal(weights[name], folded[name])
+    assert_on_grid(plain, config)
 
 
 def test_mistakes_name_their_remedy(tiny_model) -> None:

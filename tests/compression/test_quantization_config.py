@@ -98,6 +98,11 @@ def test_names_tell_the_recipes_apart() -> None:
         ({"quantize_adds": True}, "static activations"),
         ({"weights": "float16", "activations": "static"}, "need integer weights"),
         ({"layers": {"block_0_*": "int9"}}, "layer name patterns"),
+        ({"layers": {"block_0_*": "int8:32"}}, "layer name patterns"),
+        ({"layers": {"block_0_*": ["int8"]}}, "layer name patterns"),
+        ({"layers": {"*_fc": "int4:64"}, "activations": "static"}, "no static activations"),
+        ({"weights": "int4", "granularity": 32, "activations": "float"}, "float again"),
+        ({"activations": "static", "io": "int8", "kv_cache": "int8"}, "cache of its own"),
         ({"rounding": "gtpq"}, "Did you mean 'gptq'"),
     ],
 )
@@ -119,6 +124,16 @@ def test_layers_choose_their_weights() -> None:
 
 def test_blocks_are_for_what_they_divide() -> None:
     config = QuantConfig("int4")
-    assert [config.group("int4", width) for width in (64, 100)] == [32, "channel"]
-    assert config.group("int8", 64) == "channel"
-    assert QuantConfig("int4", activations="static").group("int4", 64) == "channel"
+    assert [config.group_of("x", width) for width in (64, 100)] == [32, "channel"]
+    assert QuantConfig("int4", activations="static").group_of("x", 64) == "channel"
+
+
+def test_a_layer_may_have_a_granularity_of_its_own() -> None:
+    own = {"a": "int4:128", "b": "int4:tensor", "c": "int8", "d": "int4", "e": "float16"}
+    config = QuantConfig("int4", granularity=64, layers=own, float_layers="f")
+    assert [config.group_of(name, 128) for name in "abcdz"] == [128, "tensor", "channel", 64, 64]
+    assert config.group_of("a", 192) == "channel"
+    assert [config.weights_of(name) for name in "abcef"] == [
+        "int4", "int4", "int8", "float16", "float32",
+    ]  # fmt: skip
+    assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
+from tf_gptopt.compression.hessian import inverse_factor
 from tf_gptopt.compression.pruning.config import PruneConfig
 from tf_gptopt.compression.pruning.pruner import prune, sparsity, strip_pruning
-from tf_gptopt.compression.pruning.sparsegpt import inverse_factor, prune_kernel, solve
+from tf_gptopt.compression.pruning.sparsegpt import prune_kernel, solve
 from tf_gptopt.models.checkpoints import load_checkpoint
 from tf_gptopt.models.gpt import GPTModel
 

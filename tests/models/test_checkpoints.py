@@ -121,6 +121,25 @@ def test_save_and_load(tiny_model: Build, tmp_path: Path, shape: dict[str, Any])
     assert config["metrics"] == {"loss": 1.5}
 
 
+def test_activation_ranges_travel_with_the_model(tiny_model: Build, tmp_path: Path) -> None:
+    model = tiny_model()
+    save_model(model, tmp_path)
+    assert "activation_ranges" not in json.loads((tmp_path / "config.json").read_text())
+    assert load_model(tmp_path).activation_ranges is None
+    before = len(model.weights), set(model._trackable_children())
+    ranges = {"block_0_qkv/input": (-1.5, np.float32(0.1)), "token_logits/output": (0.0, 3.0)}
+    model.activation_ranges = ranges
+    after = len(model.weights), set(model._trackable_children())
+    assert after == before  # a checkpoint of the training is as it was
+    save_model(model, tmp_path)
+    assert load_model(tmp_path).activation_ranges == ranges
+    config = json.loads((tmp_path / "config.json").read_text())
+    for damaged in ([1], {"block_0_qkv/input": 3}, {"block_0_qkv/input": ["low", "high"]}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "activation_ranges": damaged}))
+        with pytest.raises(UserError, match="'activation_ranges' must map names"):
+            load_model(tmp_path)
+
+
 def test_extra_cannot_replace_the_format(tiny_model: Build, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'gpt'"):
         save_model(tiny_model(), tmp_path, extra={"gpt": {}})

@@ -19,6 +19,8 @@ from tf_gptopt._errors import UserError
 from tf_gptopt._files import read_json
 from tf_gptopt.compression.distillation.config import DistillConfig
 from tf_gptopt.compression.pruning.config import PruneConfig
+from tf_gptopt.compression.quantization.config import QuantConfig
+from tf_gptopt.compression.quantization.grids import find_grid
 from tf_gptopt.compression.structured.config import ShrinkConfig
 from tf_gptopt.recipes.console import Console
 from tf_gptopt.recipes.recipe import Recipe
@@ -34,8 +36,11 @@ from tf_gptopt.recipes.sections import (
     DatasetSection,
     DistillSection,
     EvaluateSection,
+    ExportSection,
     ModelSection,
     PruneSection,
+    QatSection,
+    QuantizeSection,
     ShrinkSection,
     TokenizerSection,
     TrainSection,
@@ -45,12 +50,14 @@ from tf_gptopt.training.config import TrainConfig
 QUIET = Console(quiet=True)
 SHORT = TrainConfig(steps=6, batch_size=4, learning_rate=1e-3)
 SAVING = dataclasses.replace(SHORT, steps=40, checkpoint_every=0.01, log_every=5)
+MIXED = QuantConfig("int4", granularity="channel", layers={"token_embedding": "int8"})
 SMALL = ShrinkConfig(parameters=0.6, neuron_multiple=4, width_multiple=4)
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Recipe:
-    """A road of two rounds without pruning, on some of the project's own sources."""
+    """A road of two rounds without pruning and training on a grid, on some of the project's own
+    sources."""
     import tf_gptopt
 
     corpus = tmp_path_factory.mktemp("corpus")
@@ -65,6 +72,7 @@ def recipe(tmp_path_factory) -> Recipe:
         distill=DistillSection(student=SMALL, rounds=2, calibration=8, fit=SAVING),
         prune=None,
         qat=None,
+        quantize=QuantizeSection(MIXED),
         evaluate=EvaluateSection(tokens=512, speed_tokens=8, tolerance=10.0),
     )
 
@@ -111,6 +119,16 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+def on_grid(folder: Path, layer: str, bits: int) -> bool:
+    """Whether the layer's matrix lies on a grid of so many bits, a scale for each channel."""
+    from safetensors.numpy import load_file
+
+    (name,) = (n for n in load_file(folder / "model.safetensors") if f"{layer}/" in n
+               and not n.endswith("bias"))  # fmt: skip
+    matrix = load_file(folder / "model.safetensors")[name]
+    return find_grid(matrix if "embed" in name else matrix.T, bits) is not None
+
+
 def steps_saved(out: Path) -> list[Path]:
     return list((out / "checkpoints").glob("step-*"))
 
@@ -134,9 +152,19 @@ def test_stages_that_are_left_out(done):
     assert not (done / "qat").exists()
     report = json.loads((done / "report.json").read_text())
     rows = {row["name"]: row["reference"] for row in report["rows"]}
-    assert rows == {"train": None, "distill": "train", "export": "distill"}
+    assert rows == {"train": None, "distill": "train", "quantize": "distill", "export": "distill"}
     sizes = {row["name"]: row["size"]["parameters"] for row in report["rows"]}
     assert sizes["distill"] < sizes["train"]
+
+
+def test_the_file_holds_what_was_quantized(done):
+    export = json.loads((done / "export" / "metrics.json").read_text())
+    assert export["scheme"] == MIXED.name
+    assert export["section"]["quantization"] == MIXED.to_dict()
+    assert on_grid(done / "quantize", "block_0_out", 4)
+    rows = {row["name"]: row for row in json.loads((done / "report.json").read_text())["rows"]}
+    assert rows["export"]["loss"] == pytest.approx(rows["quantize"]["loss"], abs=0.02)
+    assert rows["quantize"]["loss"] != rows["distill"]["loss"]
 
 
 def test_killed_in_the_second_round(done, tmp_path, stage, recipe):
@@ -236,3 +264,67 @@ def test_rounds_towards_a_number_of_weights_remove_a_third_at_most(stage):
     section = DistillSection(student=ShrinkConfig(parameters=4000), rounds=2, fit=SHORT)
     with pytest.raises(UserError, match="Take rounds="):
         stage("distill", section)
+
+
+def test_a_student_that_learns_on_its_grid(stage):
+    out, metrics = stage("distill", DistillSection(layers=1, quantization=MIXED, fit=SHORT))
+    assert metrics["loss"] > 0
+    assert on_grid(out, "block_0_fc", 4)
+    assert on_grid(out, "token_embedding", 8)
+
+
+def test_a_student_that_gets_sparse_while_it_learns(stage):
+    pruning = PruneConfig(0.6, end_step=4, frequency=2)
+    _, metrics = stage("distill", DistillSection(layers=1, pruning=pruning, fit=SHORT))
+    kernels = 12 * 24 * 24
+    assert metrics["parameters"] - metrics["nonzero"] == pytest.approx(0.6 * kernels, rel=0.01)
+
+
+def test_a_sparse_student_on_its_grid_stays_sparse(stage):
+    sparse, _ = stage("prune", PruneSection(PruneConfig(0.7), one_shot=True))
+    section = DistillSection(layers=1, quantization=QuantConfig(), fit=SHORT)
+    out, metrics = stage("distill", section, model=sparse)
+    assert metrics["parameters"] - metrics["nonzero"] >= 0.69 * 12 * 24 * 24
+    assert on_grid(out, "block_0_qkv", 8)
+
+
+def test_quantizing_after_training_and_exporting_that(done, stage, tmp_path):
+    scheme = QuantConfig("int4", granularity="channel", range="mse", rounding="gptq")
+    out, metrics = stage("quantize", QuantizeSection(scheme, calibration=8))
+    assert metrics["parameters"]
+    assert on_grid(out, "block_0_fc", 4)
+    section = ExportSection(scheme)
+    inputs = {"model_folder": out}
+    info = run_stage(find_stage("export"), section, inputs, tmp_path / "file", 0, QUIET)
+    assert info["scheme"] == scheme.name
+    assert (tmp_path / "file" / "model.tflite").is_file()
+
+
+def test_a_static_file_of_a_float_model_looks_at_text(done, tmp_path):
+    section = ExportSection(QuantConfig(activations="static"), calibration=4)
+    inputs = {"model_folder": done / "train"}
+    with pytest.raises(UserError, match="calibration"):
+        run_stage(find_stage("export"), section, inputs, tmp_path / "file", 0, QUIET)
+    inputs["dataset_folder"] = done / "dataset"
+    info = run_stage(find_stage("export"), section, inputs, tmp_path / "file", 0, QUIET)
+    assert info["scheme"] == "int8 static"
+
+
+def test_training_on_a_grid_whose_scales_are_learned(stage):
+    out, _ = stage("qat", QatSection(MIXED, learned_ranges=True, fit=SHORT))
+    assert on_grid(out, "block_0_fc", 4)
+    fixed, _ = stage("qat", QatSection(MIXED, fit=SHORT), out=out.parent / "fixed")
+    assert weights(fixed) != weights(out)
+
+
+def test_training_with_static_activations_leaves_their_ranges(stage):
+    from tf_gptopt.models.checkpoints import load_model
+
+    scheme = QuantConfig(activations="static")
+    out, _ = stage("qat", QatSection(scheme, calibration=4, fit=SHORT))
+    ranges = load_model(out).activation_ranges
+    assert "block_0_qkv/input" in ranges
+    info = run_stage(
+        find_stage("export"), ExportSection(scheme), {"model_folder": out}, out / "file", 0, QUIET
+    )
+    assert info["scheme"] == scheme.name

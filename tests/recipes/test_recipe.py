@@ -15,7 +15,8 @@ def test_default_recipe_loads():
     assert recipe == Recipe(name="python")  # what a recipe leaves out is the main job's value
     assert recipe.distill.layers < recipe.train.model.num_layers
     assert recipe.prune.pruning.sparsity == 0.5
-    assert recipe.export.quantization.weights == "int8"
+    assert recipe.qat.quantization.weights == "int8"
+    assert (recipe.quantize, recipe.export.quantization) == (None, None)  # as training saw it
 
 
 @pytest.mark.parametrize("path", [*packaged_recipes(), *EXAMPLES], ids=str)
@@ -66,6 +67,10 @@ def test_overrides():
         ("distill: {rounds: 0}", "rounds"),
         ("prune: {pruning: {schedule: adaptive}, one_shot: true}", "adaptive"),
         ("prune: {pruning: {end_step: 500}}", "must end before its training"),
+        ("distill: {pruning: {end_step: 500}}", "must end before its training"),
+        ("distill: {pruning: {end_step: 9}, quantization: int8}", "not both at once"),
+        ("quantize: {quantization: int3}", "Unknown quantization recipe 'int3'"),
+        ("quantize: {quantization: 4}", "'quantize.quantization' is a section"),
     ],
 )
 def test_mistakes_name_their_remedy_on_one_line(tmp_path, text, message):
@@ -133,3 +138,57 @@ def test_a_section_keeps_what_a_recipe_leaves_out(tmp_path):
     assert recipe.qat.fit.steps == 7
     assert recipe.qat.fit.learning_rate == default.qat.fit.learning_rate == 2e-4
     assert recipe.train == default.train
+
+
+def test_a_scheme_by_name_by_file_and_changed(tmp_path):
+    from tf_gptopt.compression.quantization.config import QuantConfig
+    from tf_gptopt.recipes.recipe import read_scheme
+
+    mixed = QuantConfig("int4", layers={"block_0_*": "int8", "token_embedding": "int4:128"})
+    (tmp_path / "mixed.yaml").write_text(
+        "quantization:\n  weights: int4\n"
+        "  layers: {block_0_*: int8, token_embedding: int4:128}\n"
+    )  # fmt: skip
+    (tmp_path / "bare.yaml").write_text("weights: int4\ngranularity: 64\n")
+    assert read_scheme(str(tmp_path / "mixed.yaml")) == mixed
+    assert read_scheme(str(tmp_path / "bare.yaml")) == QuantConfig("int4", granularity=64)
+    (tmp_path / "x.yaml").write_text(
+        f"quantize: {{quantization: int4-gptq}}\nexport: {{quantization: {tmp_path}/mixed.yaml}}\n"
+    )
+    recipe = load_recipe(tmp_path / "x.yaml", {"quantize.quantization.granularity": 64})
+    assert recipe.quantize.quantization == QuantConfig.from_recipe("int4-gptq", granularity=64)
+    assert recipe.export.quantization == mixed
+    names = {"qat.quantization": "int8-static", "qat.quantization.smoothing": 0.5}
+    assert load_recipe(None, names).qat.quantization == QuantConfig.from_recipe(
+        "int8-static", smoothing=0.5
+    )
+    with pytest.raises(UserError, match="Did you mean 'int4-gptq'"):
+        load_recipe(None, {"export.quantization": "int4-gtpq"})
+    with pytest.raises(UserError, match="cannot be read"):
+        load_recipe(None, {"export.quantization": "nowhere.yaml"})
+
+
+def test_the_file_takes_the_scheme_of_the_stage_before_it():
+    from tf_gptopt.compression.quantization.config import QuantConfig
+    from tf_gptopt.recipes.runner import export_of
+
+    def scheme(**overrides):
+        values = {key.replace("__", "."): value for key, value in overrides.items()}
+        section, looks_at_text = export_of(load_recipe(None, values))
+        return section.quantization, looks_at_text
+
+    gptq, static = (QuantConfig.from_recipe(name) for name in ("int4-gptq", "int8-static"))
+    assert scheme() == (QuantConfig(), False)
+    assert scheme(qat=None) == (QuantConfig(), False)
+    assert scheme(qat__quantization="int8-static") == (static, False)  # training leaves ranges
+    assert scheme(quantize__quantization="int4-gptq") == (gptq, False)
+    assert scheme(export__quantization="int4-gptq", qat=None) == (gptq, True)
+    assert scheme(export__quantization="int8-static") == (static, True)
+
+
+def test_packaged_recipes_say_what_they_are():
+    from tf_gptopt.recipes.explain import describe_runs
+
+    lines = describe_runs()
+    assert list(lines) == packaged_recipes()
+    assert all(line[0].isupper() and line.endswith(".") for line in lines.values())

@@ -11,21 +11,25 @@ import pytest
 
 @pytest.fixture
 def exported(tmp_path, tiny_model) -> Callable[..., Any]:
-    """`exported(scheme="float32", tokenizer=None, **shape)`: a tiny model and its runtime."""
+    """`exported(scheme="float32", tokenizer=None, **shape)`: a tiny model and its runtime.
 
-    def export(scheme: str = "float32", model: Any = None, **options: Any) -> Any:
+    The scheme is a name of weights, or a `QuantConfig`.
+    """
+
+    def export(scheme: Any = "float32", model: Any = None, **options: Any) -> Any:
         from tf_gptopt.compression.quantization.config import QuantConfig
         from tf_gptopt.tflite.convert import export_tflite
         from tf_gptopt.tflite.runtime import TFLiteGPT
 
         export_options = {
             key: options.pop(key)
-            for key in ("tokenizer", "prefill_lengths", "decode_capacities")
+            for key in ("tokenizer", "calibration", "prefill_lengths", "decode_capacities")
             if key in options
         }
         model = model or tiny_model(**options)
-        path = tmp_path / f"{scheme}.tflite"
-        export_tflite(model, path, QuantConfig(scheme), **export_options)
+        config = QuantConfig(scheme) if isinstance(scheme, str) else scheme
+        path = tmp_path / f"{config.name}.tflite"
+        export_tflite(model, path, config, **export_options)
         return model, TFLiteGPT(path, threads=1)
 
     return export

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.compression.quantization.config import QuantConfig
+from tf_gptopt.compression.quantization.grids import quantize_matrix
 from tf_gptopt.models.folding import fold_layer_norms
 from tf_gptopt.tflite.convert import export_tflite
-from tf_gptopt.tflite.flatbuffer import count_weights, read_weights
+from tf_gptopt.tflite.reading import count_weights, read_weights
 from tf_gptopt.tflite.runtime import TFLiteGPT
 from tf_gptopt.tflite.signatures import plan_buckets
-from tf_gptopt.tflite.weights import quantize_rows
 
 SHAPES = {
     "plain": {},
@@ -95,32 +95,9 @@ def test_weights_are_quantized_after_folding(exported):
         if not name.endswith("/kernel"):
             continue
         values, scales = stored[name]
-        integers, expected = quantize_rows(array.T)
-        np.testing.assert_array_equal(values, integers)
-        if name.endswith("qkv/kernel"):  # queries carry the attention's scale
-            expected[: len(expected) // 3] *= np.float32(8**-0.5)
-        np.testing.assert_array_equal(scales, expected)
-
-
-def test_weights_on_an_int8_grid_come_out_bit_for_bit(exported, tiny_model):
-    from tf_gptopt.compression.quantization.qat import quantize_aware, strip_quantization
-    from tf_gptopt.models.checkpoints import named_weights
-
-    aware = quantize_aware(tiny_model(head_dim=16), QuantConfig("int8"))
-    _, runtime = exported("int8", model=aware)  # the export strips the wrappers itself
-    trained = named_weights(strip_quantization(aware))
-    stored = read_weights(runtime.path.read_bytes())
-    kernels = [name for name in trained if name.endswith("/kernel")]
-    assert len(kernels) == 8
-    for name in [*kernels, "token_embedding/embeddings"]:
-        rows = trained[name].T if name in kernels else trained[name]
-        values, scales = stored[name]
-        assert values.dtype == np.int8
-        assert (np.abs(values.astype(int)).max(1) == 127).all()
-        scales = scales.copy()
-        if "qkv" in name:
-            scales[: len(scales) // 3] *= 4  # head_dim 16: a power of two, so nothing is rounded
-        np.testing.assert_array_equal(values * scales[:, None], rows)
+        grid = quantize_matrix(array.T)
+        np.testing.assert_array_equal(values, grid.integers)
+        np.testing.assert_array_equal(scales, grid.scales[:, 0])
 
 
 def test_zeros_of_pruning_stay_zeros(exported, tiny_model):
@@ -188,8 +165,22 @@ def test_float_layers_stay_float(exported, tmp_path, tiny_model, relative_error)
     assert error < INT8_ERROR
 
 
-def test_all_operations_but_look_ups_run_in_one_xnnpack_partition(exported):
-    _, runtime = exported("int8")
+XNNPACK = {"ADD", "SUB", "MUL", "DIV", "MINIMUM", "MAXIMUM", "ABS", "MEAN", "REDUCE_MAX", "RSQRT"}
+XNNPACK |= {"GELU", "SOFTMAX", "RESHAPE", "SPLIT", "SLICE", "CONCATENATION", "TRANSPOSE"}
+XNNPACK |= {"FULLY_CONNECTED", "BATCH_MATMUL", "QUANTIZE", "DEQUANTIZE"}
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        QuantConfig(),
+        QuantConfig("int4", kv_cache="int8"),
+        QuantConfig("int4", activations="static", quantize_adds=True, io="int8"),
+    ],
+)
+def test_all_operations_but_look_ups_run_in_one_xnnpack_partition(exported, scheme):
+    calibration = ids_for(exported()[0])[None] if scheme.needs_calibration else None
+    _, runtime = exported(scheme, calibration=calibration)
     root = schema.Model.GetRootAsModel(runtime.path.read_bytes(), 0)
     names = {v: k for k, v in vars(schema.BuiltinOperator).items() if k.isupper()}
     decode = next(
@@ -204,9 +195,7 @@ def test_all_operations_but_look_ups_run_in_one_xnnpack_partition(exported):
     outside = [i for i, name in enumerate(operations) if name in ("EMBEDDING_LOOKUP", "CAST")]
     first_product = operations.index("FULLY_CONNECTED")
     assert max(outside) < first_product
-    known = {"ADD", "SUB", "MUL", "MINIMUM", "MEAN", "RSQRT", "GELU", "SOFTMAX", "RESHAPE"}
-    known |= {"SPLIT", "SLICE", "CONCATENATION", "FULLY_CONNECTED", "BATCH_MATMUL", "TRANSPOSE"}
-    assert set(operations) - {"EMBEDDING_LOOKUP", "CAST"} <= known
+    assert set(operations) - {"EMBEDDING_LOOKUP", "CAST"} <= XNNPACK
 
 
 def test_the_whole_export_needs_no_tensorflow(run_child, tmp_path):
@@ -239,7 +228,7 @@ def test_the_whole_export_needs_no_tensorflow(run_child, tmp_path):
 
 def test_info_says_what_was_written(exported, tmp_path, tiny_model):
     info = export_tflite(tiny_model(), tmp_path / "new" / "model.tflite")
-    assert info.scheme == "int8"
+    assert info.scheme == "int8 dynamic"
     assert info.bytes == (tmp_path / "new" / "model.tflite").stat().st_size
     assert info.parameters == tiny_model().count_params()
     assert info.bytes_per_parameter == info.bytes / info.parameters
@@ -293,32 +282,10 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, tiny_model, tiny_toke
 def test_a_file_beyond_two_gigabytes_is_refused():
     from tf_gptopt.tflite.convert import _check_size
 
-    _check_size("int8", 1_557_611_200)  # gpt2-xl
+    weights = {"token_embedding/embeddings": np.broadcast_to(np.float32(1), 1_557_611_200)}
+    _check_size(QuantConfig("int8"), weights)  # as large as gpt2-xl
     with pytest.raises(UserError, match=r"5\.8 GiB"):
-        _check_size("float32", 1_557_611_200)
-
-
-# Quantizing rows
-
-
-@given(
-    st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40),
-    st.floats(2**-20, 2**20, width=32),
-)
-def test_rows_are_rounded_to_the_nearest_step(values, factor):
-    rows = np.array([values], np.float32) * np.float32(factor)
-    integers, scales = quantize_rows(rows)
-    assert np.abs(integers.astype(int)).max() in (0, 127)
-    assert (np.abs(integers * scales[:, None] - rows) <= scales * 0.5001).all()
-    again, same = quantize_rows(integers * scales[:, None])
-    np.testing.assert_array_equal(again, integers)
-    np.testing.assert_allclose(same, scales, rtol=2e-7)
-
-
-def test_a_row_of_zeros_is_zeros():
-    integers, scales = quantize_rows(np.array([[0.0, -0.0], [1e-38, 0.0]], np.float32))
-    assert not integers.any()
-    assert scales.tolist() == [1.0, 1.0]
+        _check_size(QuantConfig("float32"), weights)
 
 
 # Buckets

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
-from tf_gptopt.tflite.flatbuffer import Model, count_weights, read_weights
+from tf_gptopt.compression.quantization.grids import Grid
+from tf_gptopt.tflite.flatbuffer import Model
 from tf_gptopt.tflite.litert import aligned_zeros, host_buffer, load_litert
+from tf_gptopt.tflite.reading import count_weights, read_weights
+from tf_gptopt.tflite.tensors import Affine, pack_int4, unpack_int4
 
 RNG = np.random.default_rng(0)
 
@@ -50,7 +53,28 @@ OPERATIONS = {
     "add": (lambda g, x, y: y + g.reshape(x, [1, 4, 6]), Y + X),
     "subtract a constant row": (lambda g, x, y: x - g.model.constant(ROW), X - ROW),
     "multiply": (lambda g, x, y: y * g.reshape(x, [1, 4, 6]), Y * X),
-    "minimum": (lambda g, x, y: g.minimum(x, g.model.constant(ROW)), np.minimum(X, ROW)),
+    "minimum": (
+        lambda g, x, y: g.elementwise("MINIMUM", x, g.model.constant(ROW)),
+        np.minimum(X, ROW),
+    ),
+    "divide": (lambda g, x, y: x / g.model.constant(ROW), X / ROW),
+    "maximum": (
+        lambda g, x, y: g.elementwise("MAXIMUM", x, g.model.constant(ROW)),
+        np.maximum(X, ROW),
+    ),
+    "largest magnitude": (lambda g, x, y: g.max(g.abs(y)), np.abs(Y).max(-1, keepdims=True)),
+    "to int8 and back": (
+        lambda g, x, y: g.dequantize(g.quantize(x, Affine(0.01, 3))),
+        (np.clip(np.rint(X / np.float32(0.01)) + 3, -128, 127) - 3) * np.float32(0.01),
+    ),
+    "add int8": (
+        lambda g, x, y: g.dequantize(
+            g.elementwise(
+                "ADD", g.quantize(x, Affine(2.0)), g.quantize(x, Affine(1.0)), Affine(1.0)
+            )
+        ),
+        np.rint(X) + 2 * np.rint(X / 2),
+    ),
     "mean": (lambda g, x, y: g.mean(x), X.mean(-1, keepdims=True)),
     "rsqrt": (lambda g, x, y: g.rsqrt(x * x), 1 / np.abs(X)),
     "gelu": (
@@ -133,6 +157,71 @@ def test_products_and_look_ups_with_an_int8_table(tmp_path):
     step = (np.maximum(table[ids].max(1), 0) - np.minimum(table[ids].min(1), 0)) / 255
     most = step[:, None] / 2 * np.abs(table).sum(1)[None] * 1.01
     assert (np.abs(outputs["products"] - table[ids] @ table.T) <= most).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "blocks"), [(7, 6, 0), (7, 6, 1), (5, 64, 2), (3, 128, 1), (1, 1, 0)]
+)
+def test_products_look_ups_and_reading_of_an_int4_table(tmp_path, rows, width, blocks):
+    """One scale for all, one a row, and one a block of 32 or more."""
+    integers = RNG.integers(-8, 8, (rows, width), dtype=np.int8)
+    shape = (rows if blocks else 1, max(blocks, 1))
+    scales = RNG.uniform(0.01, 0.1, shape).astype(np.float16).astype(np.float32)
+    grid = Grid(integers, scales, bits=4)
+    model = Model()
+    weights = model.grid(grid, "table")
+    g = model.graph("f")
+    x = g.embedding_lookup(g.input("ids", [2], np.int32), weights)
+    g.output("rows", x)
+    g.output("products", g.dense(x, weights))
+    ids = np.array([rows - 1, 0], np.int32)
+    outputs = run(tmp_path, model, "f", ids=ids)
+    table = grid.values()
+    np.testing.assert_array_equal(outputs["rows"], table[ids])
+    step = (np.maximum(table[ids].max(1), 0) - np.minimum(table[ids].min(1), 0)) / 255
+    most = step[:, None] / 2 * np.abs(table).sum(1)[None] * 1.01
+    assert (np.abs(outputs["products"] - table[ids] @ table.T) <= most + 1e-6).all()
+    data = model.to_bytes()
+    values, stored = read_weights(data)["table"]
+    np.testing.assert_array_equal(values, integers)
+    np.testing.assert_array_equal(stored.reshape(shape), scales)
+    assert count_weights(data) == (rows * width, np.count_nonzero(integers))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("is_one", [False, True])
+def test_integer_products_with_fixed_scales_are_exact(tmp_path, bits, is_one):
+    most = 127 if bits == 8 else 7
+    integers = RNG.integers(-most, most + 1, (9, 6), dtype=np.int8)
+    scales = RNG.uniform(0.01, 0.1, (1 if is_one else 9, 1)).astype(np.float32)
+    bias = RNG.integers(-50, 50, 9).astype(np.int32)
+    model = Model()
+    before, after = Affine(0.5, -7), Affine(scales.max() * most / 2, 11)
+    kernel = model.grid(Grid(integers, scales, bits), "kernel")
+    unit = scales[:, 0] * np.float32(before.scale)
+    g = model.graph("f")
+    x = g.quantize(g.reshape(g.input("x", [24]), [4, 6]), before)
+    g.output("y", g.dense(x, kernel, model.constant(bias, "bias", unit), after))
+    y = run(tmp_path, model, "f", x=10 * X.reshape(-1))["y"]
+    steps = np.clip(np.rint(10 * X / np.float32(0.5)) - 7, -128, 127) + 7
+    sums = (steps @ integers.T.astype(float) + bias) * unit / after.scale + 11
+    assert np.ptp(y.astype(int)) > 20
+    np.testing.assert_array_equal(y, np.clip(np.rint(sums), -128, 127))
+
+
+def test_unpacking_is_packing_backwards():
+    for size in (1, 2, 7, 16):
+        integers = RNG.integers(-8, 8, size, dtype=np.int8)
+        assert pack_int4(integers).nbytes == (size + 1) // 2
+        np.testing.assert_array_equal(unpack_int4(pack_int4(integers), (size,)), integers)
+
+
+def test_blocks_are_never_dequantized():
+    """LiteRT makes zeros of them without a word."""
+    model = Model()
+    grid = Grid(np.ones((2, 64), np.int8), np.ones((2, 2), np.float32), bits=4)
+    with pytest.raises(AssertionError):
+        model.graph("f").dequantize(model.grid(grid, "table"))
 
 
 def test_a_constant_is_stored_once_for_all_graphs_and_uses():

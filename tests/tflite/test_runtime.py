@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tf_gptopt._errors import UserError
+from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.tflite.convert import export_tflite
 from tf_gptopt.tflite.runtime import TFLiteGPT
 
@@ -32,6 +33,48 @@ def test_decoding_agrees_with_keras_at_every_position(exported, scheme, most):
         np.testing.assert_allclose(whole, model(ids[None])[0], atol=1e-4)
     for position in range(140):
         np.testing.assert_allclose(runtime.decode(ids[position]), whole[position], atol=most)
+
+
+def test_an_int8_cache_decodes_what_it_prefills_at_every_position(exported):
+    """Across the capacities 64, 128 and 140, and in pieces of every size."""
+    exact = QuantConfig(activations="float", kv_cache="int8")  # no other rounding hides a mistake
+    model, runtime = exported(exact, max_sequence_length=140, num_heads=(1, 4), head_dim=8)
+    ids = some_ids(140)
+    whole = runtime.logits(ids)
+    near = model(ids[None])[0].numpy()
+    assert 1e-4 < np.abs(whole - near).max() < 0.1  # rounded, and not by much
+    for position in range(140):
+        np.testing.assert_allclose(runtime.decode(ids[position]), whole[position], atol=1e-4)
+    for cut in (1, 17, 63, 64, 65, 100, 128, 139):
+        runtime.reset()
+        runtime.prefill(ids[:cut])
+        np.testing.assert_allclose(runtime.prefill(ids[cut:]), whole[-1], atol=1e-4)
+
+
+def test_an_int8_cache_takes_a_quarter_and_its_scales(exported):
+    sizes = {}
+    for cache in ("float32", "int8"):
+        _, runtime = exported(QuantConfig(kv_cache=cache))
+        runtime.prefill(some_ids(20))
+        sizes[cache] = runtime._session.cache.nbytes
+    rows = 2 * 2 * 3 * 32  # of keys and of values, in two blocks of three heads
+    assert sizes == {"float32": rows * 8 * 4, "int8": rows * (8 + 4)}
+
+
+def test_integers_in_and_out_mean_the_same_numbers(exported, tiny_model):
+    calibration = np.stack([some_ids(32, seed=seed) for seed in range(4)])
+    files = {}
+    for io in ("float32", "int8"):
+        config = QuantConfig(activations="static", io=io)
+        _, files[io] = exported(config, calibration=calibration)
+    ids = some_ids(32)
+    np.testing.assert_array_equal(files["int8"].logits(ids), files["float32"].logits(ids))
+    assert files["int8"].generate(ids[:5], 20) == files["float32"].generate(ids[:5], 20)
+    cache, logits = (files["int8"].metadata[part] for part in ("cache", "logits"))
+    assert (cache["dtype"], cache["scales"], logits["dtype"]) == ("int8", False, "int8")
+    assert files["int8"]._session.cache.nbytes * 4 == files["float32"]._session.cache.nbytes
+    steps = files["int8"].decode(3) / logits["scale"] + logits["zero_point"]
+    np.testing.assert_allclose(steps, np.rint(steps), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -317,10 +360,13 @@ def test_a_newer_format_is_refused(tmp_path, tiny_model, monkeypatch):
     from tf_gptopt.tflite import metadata
 
     with monkeypatch.context() as patch:
-        patch.setattr(metadata, "FORMAT_VERSION", 2)
-        export_tflite(tiny_model(), tmp_path / "model.tflite")
-    with pytest.raises(UserError, match="has format 2"):
-        TFLiteGPT(tmp_path / "model.tflite")
+        patch.setattr(metadata, "FORMAT_VERSION", 1)
+        export_tflite(tiny_model(), tmp_path / "old.tflite", QuantConfig("float32"))
+        export_tflite(tiny_model(), tmp_path / "new.tflite", QuantConfig(kv_cache="int8"))
+        TFLiteGPT(tmp_path / "old.tflite")
+        with pytest.raises(UserError, match="has format 2"):
+            TFLiteGPT(tmp_path / "new.tflite")
+    TFLiteGPT(tmp_path / "new.tflite")
 
 
 @pytest.fixture(scope="module")

@@ -32,14 +32,17 @@ def front_part(model: GPTModel) -> Part:
 
 
 def block_part(model: GPTModel, index: int, names: Sequence[str], end: bool = False) -> Part:
-    """The residual stream in front of block `index` -> the inputs of the Dense layers `names`, as
+    """The residual stream in front of block `index` -> the inputs of the layers `names`, as
     float32 rows, and the stream behind the block where `end`; it computes nothing else."""
     parts, key = _PARTS.setdefault(model, {}), (index, *names, end)
     if key not in parts:
         inputs = [model.base_layer(name).input for name in names]
         inputs = [x[0] if isinstance(x, (list, tuple)) else x for x in inputs]  # tied: [x, table]
         ends = [_stream(model, index + 1)] if end else []
-        part = keras.Model(_stream(model, index), inputs + ends)
+        start = _stream(model, index)
+        # Keras cannot cut a graph out whose output is its input
+        outputs = [tf.identity(x) if x is start else x for x in inputs + ends]
+        part = keras.Model(start, outputs)
         parts[key] = _compiled(part, len(names))
     return parts[key]
 
@@ -72,6 +75,13 @@ def dense_names(model: GPTModel, index: int) -> tuple[str, ...]:
         for base in bases
         if isinstance(base, keras.layers.Dense) and base.name.startswith(f"block_{index}_")
     )
+
+
+def norm_names(model: GPTModel, index: int) -> tuple[str, ...]:
+    """Names of the LayerNorms that read the residual stream in block `index`, or the head."""
+    if index == model.config.num_layers:
+        return ("final_norm",)
+    return f"block_{index}_attention_norm", f"block_{index}_mlp_norm"
 
 
 def stream_dtype(model: GPTModel) -> Any:

@@ -21,7 +21,13 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gptopt._errors import UserError, suggest
-from tf_gptopt.compression.block_parts import block_part, dense_names, front_part, stream_dtype
+from tf_gptopt.compression.block_parts import (
+    block_part,
+    dense_names,
+    front_part,
+    norm_names,
+    stream_dtype,
+)
 from tf_gptopt.data.dataset import TokenDataset
 from tf_gptopt.models.gpt import GPTModel, require_gpt
 
@@ -246,19 +252,21 @@ def stream_inputs(
 
     Args:
         model, token_ids, batch_size: as in `walk_blocks`.
-        layers: names of Dense layers, without wrappers (`token_logits` may be among them).
+        layers: names of Dense layers, without wrappers (`token_logits` may be among them), and of
+            LayerNorms, whose input is the residual stream.
         observe: x is `(rows, in)` float32.
         on_progress: called as `on_progress(done, total, what)` with block runs done and to do.
 
     Raises:
-        UserError: as `walk_blocks`, and for a name that is no Dense layer's.
+        UserError: as `walk_blocks`, and for a name that is no such layer's.
     """
     ids = check_ids(model, token_ids)
-    check_layers(model, layers)
     size = _batch_size(batch_size, ids)
     blocks = model.config.num_layers
+    norms = [norm_names(model, index) for index in range(blocks + 1)]
+    check_layers(model, set(layers).difference(*norms))
     chosen = [
-        [name for name in dense_names(model, index) if name in layers]
+        [name for name in (*dense_names(model, index), *norms[index]) if name in layers]
         for index in range(blocks + 1)
     ]
     last = max((index for index, names in enumerate(chosen) if names), default=-1)

@@ -19,7 +19,7 @@ from tf_gptopt.evaluation.speed import Speed, measure_speed
 from tf_gptopt.models.checkpoints import WEIGHTS_FILE, load_checkpoint, save_model
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.tflite.convert import export_tflite
-from tf_gptopt.tflite.flatbuffer import count_weights
+from tf_gptopt.tflite.reading import count_weights
 from tf_gptopt.tflite.runtime import TFLiteGPT
 
 

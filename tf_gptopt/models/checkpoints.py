@@ -178,6 +178,10 @@ def save_model(
         "format_version": FORMAT_VERSION,
         "gpt": model.config.to_dict(),
     }
+    if model.activation_ranges is not None:
+        config["activation_ranges"] = {
+            name: [float(low), float(high)] for name, (low, high) in model.activation_ranges.items()
+        }
     for key in extra or {}:
         if key in config:
             raise UserError(f"extra must not contain {key!r}: the checkpoint format owns it.")
@@ -208,8 +212,11 @@ def load_model(folder: str | os.PathLike) -> GPTModel:
         shape = GPTConfig.from_dict(config["gpt"])
     except TypeError as error:
         raise UserError(f"{folder / CONFIG_FILE}: 'gpt' is incomplete ({error}).") from None
+    ranges = _read_ranges(folder, config.get("activation_ranges"))
     weights = read_tensors(folder / WEIGHTS_FILE)
-    return _build(folder, shape, weights, tokenizer_hash=config.get("tokenizer_sha256"))
+    model = _build(folder, shape, weights, tokenizer_hash=config.get("tokenizer_sha256"))
+    model.activation_ranges = ranges
+    return model
 
 
 def load_checkpoint(path: str | os.PathLike) -> GPTModel:
@@ -304,6 +311,18 @@ def _read_config(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG_FILE} must hold a JSON object. Save the model again.")
     return folder, config
+
+
+def _read_ranges(folder: Path, ranges: Any) -> dict[str, tuple[float, float]] | None:
+    if ranges is None:
+        return None
+    try:
+        return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(
+            f"{folder / CONFIG_FILE}: 'activation_ranges' must map names to [low, high]. "
+            "Save the model again, or remove the key."
+        ) from None
 
 
 def _build(

@@ -44,6 +44,9 @@ class GPTModel(keras.Model):
         config: its `GPTConfig`.
         tokenizer: the `Tokenizer` that belongs to it, or None.
         sampler: what `generate` uses by default.
+        activation_ranges: of a model quantized with static activations, `{"block_0_qkv/input":
+            (low, high), "block_0_qkv/output": ..., "token_logits/output": ...}`; None elsewhere.
+            `save_model` writes them.
         recompute: see there.
 
     Args: as `GPTConfig`, field by field; `graph` is `(inputs, outputs)` of an existing Functional
@@ -52,6 +55,9 @@ class GPTModel(keras.Model):
     Raises:
         UserError: when the numbers cannot make a model.
     """
+
+    # the class has it, so Keras does not track what a model sets: checkpoints stay as they are
+    activation_ranges: dict[str, tuple[float, float]] | None = None
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ configuration, because structured pruning makes them differ from block to block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -99,7 +100,12 @@ class CausalSelfAttention(keras.layers.Layer):
         qkv: `(batch, time, 3 * num_heads * head_dim)`: queries, keys and values side by side.
 
     Returns `(batch, time, num_heads * head_dim)`.
+
+    Attributes:
+        round_cache: what a KV cache of integers does to keys and values, or None.
     """
+
+    round_cache: Callable[[tf.Tensor], tf.Tensor] | None = None
 
     def __init__(self, num_heads: int, dropout: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -115,7 +121,8 @@ class CausalSelfAttention(keras.layers.Layer):
         head_dim = qkv.shape[-1] // (3 * self.num_heads)
         parts = tf.reshape(qkv, [batch, time, 3, self.num_heads, head_dim])
         # one transposition, then views: slicing first costs 15% of a training step
-        return tf.unstack(tf.transpose(parts, [2, 0, 3, 1, 4]))
+        q, k, v = tf.unstack(tf.transpose(parts, [2, 0, 3, 1, 4]))
+        return [q, k, v] if self.round_cache is None else [q, *map(self.round_cache, (k, v))]
 
     def merge_heads(self, x: tf.Tensor) -> tf.Tensor:
         """`(batch, num_heads, time, head_dim)` -> `(batch, time, num_heads * head_dim)`."""

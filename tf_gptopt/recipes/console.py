@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 
+from tf_gptopt._clock import clock
+
 SECONDS_BETWEEN_LINES = 10.0
 LOG_WIDTH = 150  # columns where nobody's terminal says
 
@@ -30,6 +32,11 @@ class Console:
             self.rich.width = LOG_WIDTH
         self._bar: Progress | None = None
         self._last_line = 0.0
+        self._computation = (
+            0.0,
+            0,
+            0,
+        )  # when its progress was first told, how far it was, of how much
         self._said: set[str] = set()
 
     def heading(self, stage: str, text: str) -> None:
@@ -51,11 +58,18 @@ class Console:
             self.note(text)
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """Some of a long computation was done; a line every ten seconds."""
+        """Some of a long computation was done; a line every ten seconds, with the time left."""
         now = time.monotonic()
+        began, first, of = self._computation
+        if of != total or done <= first:  # another one, which may go on from an earlier start
+            began, first, of = self._computation = now, done, total
         if now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self.note(f"{done:,} of {total:,}  {what}")
+            text = f"{done:,} of {total:,}  {what}"
+            if done > first:
+                rate = (done - first) / (now - began)
+                text += f"  {rate:,.1f}/s  {clock((total - done) / rate)} left"
+            self.note(text)
 
     def step(self, report: StepReport) -> None:
         """A training step was done; `on_progress` of the trainer."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from tf_gptopt._files import read_json, write_json
@@ -17,10 +18,13 @@ from tf_gptopt.compression.calibration import calibration_ids
 from tf_gptopt.compression.distillation.cache import CachedTeacher
 from tf_gptopt.compression.distillation.cache_writer import cache_logits
 from tf_gptopt.compression.distillation.distiller import Distiller
-from tf_gptopt.compression.pruning.config import PruneConfig
+from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
+from tf_gptopt.compression.pruning.config import CALIBRATED, PruneConfig
 from tf_gptopt.compression.pruning.pruner import prune, sparsity, strip_pruning
+from tf_gptopt.compression.quantization.qat import quantize_aware, strip_quantization
 from tf_gptopt.compression.structured.config import ShrinkConfig
 from tf_gptopt.compression.structured.shrinking import shrink
+from tf_gptopt.data.dataset import TokenDataset
 from tf_gptopt.models.checkpoints import load_checkpoint, save_model
 from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.models.counting import token_flops, weight_count
@@ -33,6 +37,7 @@ from tf_gptopt.recipes.stage_parts import (
     fit,
     matching_dataset,
     on_devices,
+    range_calibration,
     save,
     team,
 )
@@ -111,9 +116,7 @@ class _Distillation:
             student = load_checkpoint(student_folder)
             tokens = matching_dataset(student, self.dataset_folder)
             self.console.note(f"a student of {student.count_params():,} parameters")
-            sparse = sparsity(student)["total"] > 0
-            if sparse:  # a part of a pruned teacher: its zeros stay
-                student = prune(student, PruneConfig(sparsity=0.0, schedule="constant"))
+            student, callbacks, strip = self.wrapped(student, tokens)
             if self.top_k:
                 teacher = tokens = CachedTeacher.open(self.logits, tokens)
             else:
@@ -121,8 +124,27 @@ class _Distillation:
             distiller = Distiller(
                 student, teacher, alpha=config.alpha, losses=config.losses() or None
             )
-        history = fit(distiller, tokens, section.fit, out, seed, self.console)
-        return {**save(strip_pruning(student) if sparse else student, out), **history}
+        history = fit(distiller, tokens, section.fit, out, seed, self.console, callbacks)
+        return {**save(strip(student), out), **history}
+
+    def wrapped(
+        self, student: GPTModel, tokens: TokenDataset
+    ) -> tuple[GPTModel, list[keras.callbacks.Callback], Callable[[GPTModel], GPTModel]]:
+        """The student as it learns, its callbacks, and the way back to a plain model."""
+        section, config = self.section, self.section.pruning
+        if section.quantization:  # which keeps zeros as well
+            ids = range_calibration(section, tokens)
+            aware = quantize_aware(student, section.quantization, calibration=ids)
+            return aware, [], strip_quantization
+        if config:
+            ids = calibration_ids(tokens, section.calibration)
+            ids = ids if config.score in CALIBRATED else None
+            sparse = prune(student, config, ids, on_progress=self.console.progress)
+            return sparse, pruning_callbacks(sparse, tokens), strip_pruning
+        if sparsity(student)["total"] > 0:  # a part of a pruned teacher: its zeros stay
+            protect = PruneConfig(sparsity=0.0, schedule="constant")
+            return prune(student, protect), [], strip_pruning
+        return student, [], lambda student: student
 
     def teachers(self) -> list[GPTModel]:
         return [load_checkpoint(path) for path in (self.teacher_folder, *self.section.teachers)]

@@ -12,11 +12,15 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from tf_gptopt._files import write_json
 from tf_gptopt.compression.calibration import calibration_ids
 from tf_gptopt.compression.pruning import pruner
 from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
 from tf_gptopt.compression.pruning.config import CALIBRATED
+from tf_gptopt.compression.quantization import ptq
+from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.compression.quantization.qat import quantize_aware, strip_quantization
 from tf_gptopt.compression.structured import shrinking
 from tf_gptopt.data.dataset import TokenDataset
@@ -32,10 +36,18 @@ from tf_gptopt.recipes.sections import (
     ExportSection,
     PruneSection,
     QatSection,
+    QuantizeSection,
     ShrinkSection,
     TrainSection,
 )
-from tf_gptopt.recipes.stage_parts import Metrics, fit, matching_dataset, on_devices, save
+from tf_gptopt.recipes.stage_parts import (
+    Metrics,
+    fit,
+    matching_dataset,
+    on_devices,
+    range_calibration,
+    save,
+)
 from tf_gptopt.tflite.convert import export_tflite
 from tf_gptopt.training.precision import use_precision
 
@@ -113,24 +125,61 @@ def qat(
     """Train on with fake-quantized weights; zeros stay zero."""
     with on_devices(section.fit, seed, console):
         model = load_checkpoint(model_folder)
-        aware = quantize_aware(model, section.quantization)
-    tokens = matching_dataset(model, dataset_folder)
+        tokens = matching_dataset(model, dataset_folder)
+        aware = quantize_aware(
+            model,
+            section.quantization,
+            calibration=range_calibration(section, tokens),
+            learned_ranges=section.learned_ranges,
+        )
     history = fit(aware, tokens, section.fit, out, seed, console)
     return {**save(strip_quantization(aware), out), **history}
 
 
+def quantize(
+    section: QuantizeSection,
+    model_folder: Path,
+    out: Path,
+    seed: int,
+    console: Console,
+    dataset_folder: Path | None = None,
+) -> Metrics:
+    """Put the weights on their grids, and train nothing."""
+    use_precision("float32")
+    model, config = load_checkpoint(model_folder), section.quantization
+    ids = _calibration(model, config, dataset_folder, section.calibration)
+    quantized = ptq.quantize(model, config, ids, on_progress=console.progress)
+    console.note(config.name)
+    return save(quantized, out)
+
+
 def export(
-    section: ExportSection, model_folder: Path, out: Path, seed: int, console: Console
+    section: ExportSection,
+    model_folder: Path,
+    out: Path,
+    seed: int,
+    console: Console,
+    dataset_folder: Path | None = None,
 ) -> Metrics:
     """Write model.tflite, with its tokenizer beside it."""
     use_precision("float32")
-    model = load_checkpoint(model_folder)
+    model, config = load_checkpoint(model_folder), section.quantization or QuantConfig()
+    ids = _calibration(model, config, dataset_folder, section.calibration)
     info = export_tflite(
-        model, out / "model.tflite", section.quantization, tokenizer=model.tokenizer
+        model, out / "model.tflite", config, tokenizer=model.tokenizer, calibration=ids
     )
     write_json(out / "config.json", {"format": "tflite", "gpt": model.config.to_dict()})
-    console.note(f"{human_bytes(info.bytes)}, {section.quantization.name}")
+    console.note(f"{human_bytes(info.bytes)}, {config.name}")
     return dataclasses.asdict(info)
+
+
+def _calibration(
+    model: GPTModel, config: QuantConfig, dataset_folder: Path | None, examples: int
+) -> np.ndarray | None:
+    """Text for a scheme that looks at some; whoever needs it and finds none says so."""
+    if dataset_folder is None or not config.needs_calibration:
+        return None
+    return calibration_ids(matching_dataset(model, dataset_folder), examples)
 
 
 def evaluate(

@@ -17,6 +17,7 @@ from typing import Any
 
 from tf_gptopt._errors import UserError, suggest
 from tf_gptopt._options import one_line
+from tf_gptopt.compression.quantization.config import RECIPES, QuantConfig
 from tf_gptopt.recipes.sections import (
     CorpusSection,
     DatasetSection,
@@ -25,6 +26,7 @@ from tf_gptopt.recipes.sections import (
     ExportSection,
     PruneSection,
     QatSection,
+    QuantizeSection,
     TokenizerSection,
     TrainSection,
 )
@@ -43,7 +45,8 @@ class Recipe:
         train: the teacher.
         distill: the student, or None without one.
         prune: the sparse student, or None to leave it dense.
-        qat: the student on its int8 grid, or None to leave that to the export.
+        qat: the student trained on its grid, or None to quantize without training.
+        quantize: quantization after training, or None to leave that to qat or the export.
         export: the .tflite file, of the last model before it.
         evaluate: the measurements.
     """
@@ -57,6 +60,7 @@ class Recipe:
     distill: DistillSection | None = DistillSection()
     prune: PruneSection | None = PruneSection()
     qat: QatSection | None = QatSection()
+    quantize: QuantizeSection | None = None
     export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
 
@@ -105,6 +109,20 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"--set takes key=value, such as train.fit.steps=200. Received: {text!r}.")
     return key.strip(), _load_yaml(value, f"The value of {key}, {value!r},")
+
+
+def read_scheme(name: str) -> QuantConfig:
+    """A quantization by its name (a key of `RECIPES`), or from a .yaml, .toml or .json file, where
+    it may stand under `quantization:`.
+
+    Raises:
+        UserError: for a name that is none, and a file that cannot be read.
+    """
+    if name in RECIPES or not Path(name).suffix:
+        return QuantConfig.from_recipe(name)
+    values = _read(name)
+    values = values.get("quantization", values)
+    return read_scheme(values) if isinstance(values, str) else QuantConfig.from_dict(values)
 
 
 def packaged_recipes() -> list[str]:
@@ -167,6 +185,8 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         if values.get(parent) is None or values[parent] is False:  # the stage was left out
             values[parent] = {}
+        if parent == "quantization" and isinstance(values[parent], str):
+            values[parent] = read_scheme(values[parent]).to_dict()
         values = values[parent]
         if not isinstance(values, dict):
             raise UserError(f"{key} cannot be set: {parent} is a value, not a section.")
@@ -188,6 +208,8 @@ def _check_keys(values: dict[str, Any], config: type, where: str) -> None:
             continue
         if type(None) in kinds and (value is None or value is False):  # TOML has no null
             values[key] = None
+        elif section is QuantConfig and isinstance(value, str):
+            values[key] = read_scheme(value).to_dict()
         elif isinstance(value, dict):
             _check_keys(value, section, f"{name}.")
         else:

@@ -12,6 +12,7 @@ rest in silence.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -26,10 +27,11 @@ from tf_gptopt._errors import UserError
 from tf_gptopt._files import read_json, write_bytes, write_json
 from tf_gptopt._startup import load_tensorflow
 from tf_gptopt._version import __version__
+from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.data.corpus import corpus_files
 from tf_gptopt.recipes.console import Console
 from tf_gptopt.recipes.recipe import Recipe, plain
-from tf_gptopt.recipes.sections import CorpusSection
+from tf_gptopt.recipes.sections import CorpusSection, ExportSection
 from tf_gptopt.recipes.speak import SAMPLING, say, stream_completion
 from tf_gptopt.training.cluster import Alone, find_cluster, leads
 from tf_gptopt.training.config import ON_THE_WAY
@@ -41,14 +43,16 @@ TITLES = {
     "distill": "teacher -> student",
     "prune": "fewer weights",
     "qat": "quantization-aware training",
+    "quantize": "quantization after training",
 }
 Metrics = dict[str, Any]
 
 
 def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) -> Any:
-    """The whole road: text -> tokenizer, dataset, train, distill, prune, qat, export, evaluate.
+    """The whole road: text -> tokenizer, dataset, train, distill, prune, qat, quantize, export,
+    evaluate.
 
-    Each stage takes the last model before it; distill, prune and qat may be left out.
+    Each stage takes the last model before it; those from distill to quantize may be left out.
 
     Args:
         recipe: see `load_recipe`.
@@ -65,11 +69,12 @@ def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) 
         if leads():
             write_json(out / "recipe.json", recipe.to_dict())
         corpus, seed = recipe.corpus, recipe.seed
+        export, looks_at_text = export_of(recipe)
         text = {"corpus": corpus}
         tokens = {"dataset_folder": out / "dataset"}
 
         def stage(name: str, inputs: Mapping[str, Any], title: str) -> None:
-            section = getattr(recipe, name)
+            section = export if name == "export" else getattr(recipe, name)
             run_stage(find_stage(name), section, inputs, out / name, seed, console, title)
 
         stage("tokenizer", text, "byte-level BPE on the corpus")
@@ -89,7 +94,8 @@ def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) 
             last = name
             if name == "distill":  # what the next ones are to say as well
                 dense = name
-        stage("export", {"model_folder": out / last}, "int8 TFLite")
+        reads = {"model_folder": out / last, **(tokens if looks_at_text else {})}
+        stage("export", reads, "TFLite")
         candidates.append(Candidate("export", out / "export" / "model.tflite", dense))
         stage("evaluate", {"candidates": candidates, **tokens}, "on the same held-out text")
         if not leads():
@@ -102,6 +108,14 @@ def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) 
         console.note(f"{clock(time.monotonic() - began)} in all; everything is in {out}")
         show_completion(out / "export" / "model.tflite", recipe, console)
     return report
+
+
+def export_of(recipe: Recipe) -> tuple[ExportSection, bool]:
+    """The export's section with its scheme, and whether it has to look at text for it."""
+    done = [section.quantization for section in (recipe.quantize, recipe.qat) if section]
+    scheme = recipe.export.quantization or (done[0] if done else QuantConfig())
+    section = dataclasses.replace(recipe.export, quantization=scheme)
+    return section, scheme.needs_calibration and scheme not in done[:1]
 
 
 def run_stage(

@@ -126,6 +126,8 @@ class DistillSection:
         rounds: of shrinking and distilling; more than one need a budget.
         teachers: folders of further teachers, beside the one that the student comes from.
         distillation: what the student learns from its teachers.
+        quantization: a scheme that the student sees while it learns, or None for a float one.
+        pruning: a schedule along which it gets sparse while it learns, or None to prune nothing.
         fit: its training, in each round.
     """
 
@@ -135,9 +137,18 @@ class DistillSection:
     rounds: int = 1
     teachers: tuple[str, ...] = ()
     distillation: DistillConfig = DistillConfig()
+    quantization: QuantConfig | None = None
+    pruning: PruneConfig | None = None
     fit: TrainConfig = TrainConfig(steps=300, learning_rate=1e-3)
 
     def __post_init__(self) -> None:
+        if self.quantization and self.pruning:
+            raise UserError(
+                "A student is pruned while it is distilled, or quantized, not both at once. Prune "
+                "here, and quantize in the stage qat, which keeps the zeros."
+            )
+        if self.pruning:
+            _check_schedule(self.pruning, self.fit)
         if not isinstance(self.rounds, int) or self.rounds < 1:
             raise UserError(f"rounds must be a positive integer. Received: {self.rounds!r}.")
         if self.rounds == 1:
@@ -186,12 +197,16 @@ class PruneSection:
                 "An adaptive schedule watches the validation loss of a training, and one_shot has "
                 "none. Leave one of the two out."
             )
-        short = self.pruning.end_step > self.fit.steps and not self.one_shot
-        if short and schedule != "constant":
-            raise UserError(
-                "The pruning schedule must end before its training does. Received: "
-                f"pruning.end_step={self.pruning.end_step}, fit.steps={self.fit.steps}."
-            )
+        if not self.one_shot:
+            _check_schedule(self.pruning, self.fit)
+
+
+def _check_schedule(pruning: PruneConfig, fit: TrainConfig) -> None:
+    if pruning.end_step > fit.steps and pruning.schedule != "constant":
+        raise UserError(
+            "The pruning schedule must end before its training does. Received: "
+            f"pruning.end_step={pruning.end_step}, fit.steps={fit.steps}."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,11 +215,29 @@ class QatSection:
 
     Args:
         quantization: the scheme that training sees and the file will hold.
+        calibration: examples of the training split that ranges of static activations begin with.
+        learned_ranges: whether the scales of weights are trained as well (LSQ).
         fit: its training.
     """
 
     quantization: QuantConfig = QuantConfig()
+    calibration: int = 128
+    learned_ranges: bool = False
     fit: TrainConfig = TrainConfig(steps=100, learning_rate=2e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeSection:
+    """Quantization after training: round to nearest, GPTQ, SmoothQuant.
+
+    Args:
+        quantization: the scheme: a recipe's name (`tf-gptopt recipes` lists them), a file with one,
+            or its fields.
+        calibration: examples of the training split for the schemes that look at text.
+    """
+
+    quantization: QuantConfig = QuantConfig()
+    calibration: int = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,10 +245,14 @@ class ExportSection:
     """The .tflite file.
 
     Args:
-        quantization: the file's scheme; after quantization-aware training, the same as there.
+        quantization: the file's scheme; default that of the stage quantize or qat before it, and
+            int8 without one.
+        calibration: examples of the training split for a scheme that looks at text, where no stage
+            before it has done so.
     """
 
-    quantization: QuantConfig = QuantConfig()
+    quantization: QuantConfig | None = None
+    calibration: int = 128
 
 
 @dataclasses.dataclass(frozen=True)

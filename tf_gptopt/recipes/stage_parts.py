@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
+from tf_gptopt.compression.calibration import calibration_ids
 from tf_gptopt.compression.pruning.pruner import count_parameters
 from tf_gptopt.data.dataset import TokenDataset
 from tf_gptopt.models.checkpoints import save_model
@@ -82,6 +83,12 @@ def matching_dataset(model: GPTModel, folder: Path) -> TokenDataset:
                 "again with `tf-gptopt dataset --tokenizer MODEL_FOLDER`."
             )
     return tokens
+
+
+def range_calibration(section: Any, tokens: TokenDataset) -> Any:
+    """Text that a student's static activations begin with; None for a scheme without them."""
+    is_static = section.quantization.activations == "static"
+    return calibration_ids(tokens, section.calibration) if is_static else None
 
 
 def fit(

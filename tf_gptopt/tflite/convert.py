@@ -1,9 +1,9 @@
 """Export a GPT to a .tflite file: weights, signatures, metadata, checksum.
 
 The file is written operation by operation (`flatbuffer.py`) instead of traced and converted. That
-takes a second instead of minutes, and makes exact what a converter decides: the int8 values are
-those that quantization-aware training saw, the token table is stored once although it is both
-gathered from and multiplied with, and more signatures cost kilobytes because they share all else.
+takes a second instead of minutes, and makes exact what a converter decides: the integers are those
+that quantization saw, the token table is stored once although it is both gathered from and
+multiplied with, and more signatures cost kilobytes because they share all else.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tf_gptopt._errors import UserError
-from tf_gptopt._files import write_bytes
-from tf_gptopt.compression.quantization.config import QuantConfig
+from tf_gptopt._files import atomic_path
+from tf_gptopt.compression.quantization.config import QuantConfig, split_weights
 from tf_gptopt.models.config import GPTConfig
+from tf_gptopt.tflite.attention import FIXED
 from tf_gptopt.tflite.flatbuffer import Model
+from tf_gptopt.tflite.layers import Weights
 from tf_gptopt.tflite.metadata import add_metadata, seal
 from tf_gptopt.tflite.signatures import LOGITS_ROWS, add_logits, add_step, plan_buckets
-from tf_gptopt.tflite.weights import store_weights
+from tf_gptopt.tflite.trial import try_file
+from tf_gptopt.tflite.weights import Ranges, store_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +43,7 @@ class ExportInfo:
         path: the .tflite file.
         bytes: its size.
         parameters: of the model, counted once where tied.
-        scheme: how the weights are stored.
+        scheme: how it is quantized (`QuantConfig.name`).
         signatures: the functions in the file.
     """
 
@@ -61,6 +64,7 @@ def export_tflite(
     quant: QuantConfig | None = None,
     tokenizer: Any = None,
     *,
+    calibration: Any = None,
     prefill_lengths: Sequence[int] | None = None,
     decode_capacities: Sequence[int] | None = None,
 ) -> ExportInfo:
@@ -71,22 +75,32 @@ def export_tflite(
     Args:
         model: any `GPTModel`: dense, pruned, with blocks of different shape, with a tied or an own
             head. One that is wrapped for pruning or quantization-aware training is stripped first;
-            it is not changed.
-        path: where to; replaced atomically.
+            it is not changed. Weights that are on a grid of the scheme (`quantize`,
+            `quantize_aware`) are stored to the bit; others are rounded to the nearest.
+        path: where to; replaced atomically. A file of a scheme that is not plain int8 or float is
+            first tried in a process of its own, because LiteRT aborts where others raise.
         quant: the scheme; default `QuantConfig("int8")`.
         tokenizer: default `model.tokenizer`. Its files go into the folder of `path`, and its
             fingerprint into the file.
+        calibration: text for a scheme that looks at some, as `quantize` takes it. Not needed for a
+            model that `quantize` or training with static activations has been through.
         prefill_lengths, decode_capacities: see `signatures.plan_buckets`. Each costs some 5 kB a
             block; a file for one length alone is smaller by a few percent.
 
     Raises:
         UserError: for something that is no GPTModel, weights that are not finite, a tokenizer with
-            more tokens than the model, impossible lengths and a file beyond 2 GiB.
+            more tokens than the model, impossible lengths, a file beyond 2 GiB, a scheme whose
+            calibration is missing, and one that LiteRT cannot run. Nothing is written then.
     """
     from tf_gptopt.models.checkpoints import named_weights
 
     quant = quant or QuantConfig("int8")
     plain = _plain_model(model)
+    is_ranged = quant.activations == "static" and plain.activation_ranges
+    if calibration is not None and not is_ranged:
+        from tf_gptopt.compression.quantization.ptq import quantize
+
+        plain = quantize(plain, quant, calibration)
     tokenizer = tokenizer or model.tokenizer
     _check_tokenizer(tokenizer, plain.config)
     path = Path(path)
@@ -95,12 +109,16 @@ def export_tflite(
         named_weights(plain),
         quant,
         _as_the_runtime_reads(tokenizer),
+        ranges=plain.activation_ranges,
         prefill_lengths=prefill_lengths,
         decode_capacities=decode_capacities,
     )
-    if hasattr(tokenizer, "save"):
-        tokenizer.save(path.parent)
-    write_bytes(path, data)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+        if _needs_trial(quant):
+            try_file(temporary, quant.name)
+        if hasattr(tokenizer, "save"):
+            tokenizer.save(path.parent)
     return dataclasses.replace(info, path=str(path))
 
 
@@ -110,19 +128,23 @@ def build_tflite(
     quant: QuantConfig,
     tokenizer: Any = None,
     *,
+    ranges: Ranges | None = None,
     prefill_lengths: Sequence[int] | None = None,
     decode_capacities: Sequence[int] | None = None,
 ) -> tuple[bytearray, ExportInfo]:
-    """The file's bytes, from named weights alone: no TensorFlow takes part."""
+    """The file's bytes, from named weights alone: no TensorFlow takes part, and nothing is tried.
+
+    `ranges` are those of static activations (`GPTModel.activation_ranges`).
+    """
     parameters = sum(array.size for array in weights.values())
     names = {name.partition("/")[0] for name in weights if name.endswith(("kernel", "embeddings"))}
     quant.layers_to_quantize(names)  # a pattern that matches nothing is an error
     context = config.max_sequence_length
     buckets = plan_buckets(context, prefill_lengths, decode_capacities)
-    _check_size(quant.weights, parameters)
+    _check_size(quant, weights)
 
     file = Model(description="GPT with a KV cache, written by tf_gptopt")
-    shared = store_weights(file, config, weights, quant.weights, quant.keeps_float)
+    shared = store_weights(file, config, weights, quant, ranges)
     for bucket in buckets:
         add_step(file, shared, bucket)
     logits_rows = min(LOGITS_ROWS, context)
@@ -134,15 +156,15 @@ def build_tflite(
             "quantization": quant.to_dict(),
             "parameters": parameters,
             "buckets": [dataclasses.asdict(bucket) for bucket in buckets],
-            "logits": {"signature": logits, "rows": logits_rows},
-            "cache": {"layout": "(num_heads, capacity, head_dim)", "dtype": "float32"},
+            "logits": {"signature": logits, "rows": logits_rows, **_describe_logits(shared)},
+            "cache": _describe_cache(shared),
             "tokenizer": _describe(tokenizer),
         },
     )
     data = file.to_bytes()
     seal(data)
     names = (*(bucket.signature for bucket in buckets), logits)
-    return data, ExportInfo("", len(data), parameters, quant.weights, names)
+    return data, ExportInfo("", len(data), parameters, quant.name, names)
 
 
 def _plain_model(model: Any) -> GPTModel:
@@ -178,13 +200,34 @@ def _check_tokenizer(tokenizer: Any, config: GPTConfig) -> None:
         )
 
 
-def _check_size(scheme: str, parameters: int) -> None:
-    size = parameters * {"float32": 4, "float16": 2}.get(scheme, 1)
+def _check_size(quant: QuantConfig, weights: Mapping[str, np.ndarray]) -> None:
+    each = {"float32": 4, "float16": 2, "int8": 1, "int4": 0.5}
+    layers = {name: name.partition("/")[0] for name in weights}
+    size = sum(weights[name].size * each[quant.weights_of(layers[name])] for name in weights)
     if size > _MOST_BYTES:
         raise UserError(
-            f"{parameters:,} parameters in {scheme} are {size / 2**30:.1f} GiB, and a .tflite file "
-            'holds at most 2 GiB. Export with QuantConfig("int8").'
+            f"The weights in {quant.name!r} are {size / 2**30:.1f} GiB, and a .tflite file holds "
+            'at most 2 GiB. Export with QuantConfig("int8") or "int4".'
         )
+
+
+def _needs_trial(quant: QuantConfig) -> bool:
+    """Whether LiteRT runs this seldom enough that it may abort."""
+    kinds = {quant.weights, *(split_weights(weights)[0] for weights in quant.layers.values())}
+    return "int4" in kinds or quant.activations != "dynamic" or quant.kv_cache != "float32"
+
+
+def _describe_logits(weights: Weights) -> dict[str, Any]:
+    if weights.cache != FIXED:
+        return {"dtype": "float32"}
+    return {"dtype": "int8", **weights.head.output._asdict()}
+
+
+def _describe_cache(weights: Weights) -> dict[str, Any]:
+    layout = "(num_heads, capacity, head_dim)"
+    if weights.cache == "float32":
+        return {"layout": layout, "dtype": "float32"}
+    return {"layout": layout, "dtype": "int8", "scales": weights.cache == "int8"}
 
 
 def _describe(tokenizer: Any) -> dict[str, Any] | None:

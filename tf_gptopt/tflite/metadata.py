@@ -21,7 +21,7 @@ from ai_edge_litert import schema_py_generated as schema
 from tf_gptopt._errors import UserError
 from tf_gptopt.tflite.flatbuffer import Model
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that this version reads
 _JSON = b"tf_gptopt.json"
 _CHECKSUM = b"tf_gptopt.sha256"
 _DIGEST_BYTES = 32
@@ -41,8 +41,13 @@ class Bucket:
 
 
 def add_metadata(model: Model, values: dict[str, Any]) -> None:
-    """Attach `values` (plain JSON) and room for the checksum."""
-    values = {"format_version": FORMAT_VERSION, **values}
+    """Attach `values` (plain JSON) and room for the checksum.
+
+    Format 2 has integers where format 1 has float32, in the cache or in the logits. A file without
+    them is written as format 1, which older versions read too.
+    """
+    has_integers = "int8" in (values["cache"]["dtype"], values["logits"]["dtype"])
+    values = {"format_version": 2 if has_integers else 1, **values}
     model.metadata(_JSON.decode(), json.dumps(values).encode())
     model.metadata(_CHECKSUM.decode(), bytes(_DIGEST_BYTES))
 

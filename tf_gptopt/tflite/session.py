@@ -23,29 +23,47 @@ class KVCache:
     """Keys and values of the tokens so far: `k_{i}` and `v_{i}`, `(num_heads, capacity, head_dim)`.
 
     Row p belongs to position p. Rows from `length` on may hold any numbers; nothing looks at them.
+
+    Args:
+        config: the model's.
+        dtype: of keys and values, `"float32"` or `"int8"`.
+        scales: whether each row of a head has a scale beside it, in `k_scale_{i}` and
+            `v_scale_{i}`, `(num_heads, capacity)` float32.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, dtype: str = "float32", scales: bool = False) -> None:
         self.length = 0
         self.capacity = 0
         self.buffers: dict[str, TensorBuffer] = {}
         self._arrays: dict[str, np.ndarray] = {}
-        self._config = config
+        self._config, self._dtype, self._scales = config, np.dtype(dtype), scales
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        return sum(array.nbytes for array in self._arrays.values())
 
     def resize(self, capacity: int) -> None:
         """Move to arrays of this capacity; the rows in use come along."""
         old, self._arrays = self._arrays, {}
         for i, heads in enumerate(self._config.block_heads):
-            for name in (f"k_{i}", f"v_{i}"):
-                array = aligned_zeros((heads, capacity, self._config.head_dim), np.float32)
-                if self.length:
-                    array[:, : self.length] = old.pop(name)[:, : self.length]
-                self._arrays[name] = array
+            rows = (heads, capacity)
+            for kind in ("k", "v"):
+                self._add(f"{kind}_{i}", (*rows, self._config.head_dim), self._dtype, old)
+                if self._scales:
+                    self._add(f"{kind}_scale_{i}", rows, np.dtype(np.float32), old)
         self.buffers = {name: host_buffer(array) for name, array in self._arrays.items()}
         self.capacity = capacity
 
+    def _add(
+        self, name: str, shape: tuple[int, ...], dtype: np.dtype, old: dict[str, np.ndarray]
+    ) -> None:
+        self._arrays[name] = aligned_zeros(shape, dtype)
+        if self.length:
+            self._arrays[name][:, : self.length] = old.pop(name)[:, : self.length]
+
     def append(self, outputs: dict[str, np.ndarray], count: int) -> None:
-        """Take over the first `count` rows of `new_k_{i}` and `new_v_{i}`."""
+        """Take over the first `count` rows of `new_k_{i}`, `new_v_{i}` and their scales."""
         end = self.length + count
         for name, array in self._arrays.items():
             array[:, self.length : end] = outputs[f"new_{name}"][:, :count]
@@ -74,7 +92,9 @@ class Session:
 
     def __init__(self, model: CompiledModel, metadata: dict[str, Any]) -> None:
         self.config = GPTConfig.from_dict(metadata["gpt"])
-        self.cache = KVCache(self.config)
+        cache = metadata["cache"]
+        self.cache = KVCache(self.config, cache["dtype"], cache.get("scales", False))
+        self._logits_affine = metadata["logits"].get("scale"), metadata["logits"].get("zero_point")
         self._model = model
         self._names = model.get_signature_list()
         buckets = [Bucket(**bucket) for bucket in metadata["buckets"]]
@@ -96,7 +116,7 @@ class Session:
             outputs = self._step(ids[: bucket.tokens], bucket)
             ids = ids[bucket.tokens :]
             if not len(ids):
-                return outputs["logits"][0]
+                return self._as_float(outputs["logits"][0])
 
     def read_all(self, ids: np.ndarray) -> np.ndarray:
         """As `read`, but the logits after every token, `(time, vocab_size)`."""
@@ -129,10 +149,12 @@ class Session:
         Returns the signature's outputs by name: arrays that the next call writes over.
         """
         cache = self.cache
-        call = self._calls.get(bucket.signature) or self._prepare(bucket)
+        call = self._calls.get(bucket.signature) or self._prepare(bucket.signature)
         call.inputs["tokens"][: len(ids)] = ids  # behind them, ids of an earlier call are padding
-        call.inputs["last"][0] = len(ids) - 1
-        call.inputs["position"][0] = cache.length
+        if "last" in call.inputs:
+            call.inputs["last"][0] = len(ids) - 1
+        if "position" in call.inputs:
+            call.inputs["position"][0] = cache.length
         buffers = call.input_buffers
         if bucket.capacity:
             if cache.capacity != bucket.capacity:
@@ -149,48 +171,34 @@ class Session:
     def _logits(self, hidden: np.ndarray) -> np.ndarray:
         """Hidden states `(time, width)` to logits `(time, vocab_size)`."""
         rows = self._logits_rows
-        call = self._calls.get(self._logits_signature) or self._prepare_logits()
+        call = self._calls.get(self._logits_signature) or self._prepare(self._logits_signature)
         inputs = [call.input_buffers["hidden"]]
         logits = np.empty((len(hidden), self.config.vocab_size), np.float32)
         for start in range(0, len(hidden), rows):
             piece = hidden[start : start + rows]
-            call.inputs["hidden"][: len(piece)] = piece
+            call.inputs["hidden"][: piece.size] = piece.reshape(-1)
             self._model.run_by_index(call.index, inputs, call.output_buffers)
-            logits[start : start + rows] = call.outputs["logits"][: len(piece)]
+            logits[start : start + rows] = self._as_float(call.outputs["logits"][: len(piece)])
         return logits
 
-    def _prepare(self, bucket: Bucket) -> _Call:
-        config, n = self.config, bucket.tokens
-        inputs = {"tokens": (n,), "last": (1,), "position": (1,)}
-        outputs = {"logits": (1, config.vocab_size)}
-        if not bucket.is_decode:
-            outputs["hidden"] = (n, config.embedding_dim)
-        for i, heads in enumerate(config.block_heads):
-            outputs[f"new_k_{i}"] = outputs[f"new_v_{i}"] = (heads, n, config.head_dim)
-        return self._ready(bucket.signature, inputs, np.int32, outputs)
+    def _as_float(self, logits: np.ndarray) -> np.ndarray:
+        """Logits as float32, those of a file that gives integers as well."""
+        if logits.dtype == np.float32:
+            return logits
+        scale, zero_point = self._logits_affine
+        return (logits.astype(np.float32) - zero_point) * np.float32(scale)
 
-    def _prepare_logits(self) -> _Call:
-        rows, config = self._logits_rows, self.config
-        inputs = {"hidden": (rows, config.embedding_dim)}
-        outputs = {"logits": (rows, config.vocab_size)}
-        return self._ready(self._logits_signature, inputs, np.float32, outputs)
-
-    def _ready(
-        self,
-        signature: str,
-        input_shapes: dict[str, tuple[int, ...]],
-        input_type: type,
-        output_shapes: dict[str, tuple[int, ...]],
-    ) -> _Call:
-        """Make a signature's buffers; those with outputs of equal shapes share them."""
+    def _prepare(self, signature: str) -> _Call:
+        """Make a signature's buffers, but for the cache; those with equal outputs share them."""
         names = self._names[signature]
-        inputs = {name: aligned_zeros(shape, input_type) for name, shape in input_shapes.items()}
-        shapes = tuple(output_shapes[name] for name in names["outputs"])
-        key = (*names["outputs"], *shapes)
+        details = self._model.get_input_tensor_details(signature)
+        fed = [name for name in names["inputs"] if name in ("tokens", "last", "position", "hidden")]
+        inputs = {name: _zeros(details[name]) for name in fed}
+        details = self._model.get_output_tensor_details(signature)
+        key = tuple((name, *details[name]["shape"]) for name in names["outputs"])
         if key not in self._outputs:
-            arrays = [aligned_zeros(shape, np.float32) for shape in shapes]
-            by_name = dict(zip(names["outputs"], arrays, strict=True))
-            self._outputs[key] = by_name, [host_buffer(array) for array in arrays]
+            arrays = {name: _zeros(details[name]) for name in names["outputs"]}
+            self._outputs[key] = arrays, [host_buffer(array) for array in arrays.values()]
         call = _Call(
             self._model.get_signature_index(signature),
             names["inputs"],
@@ -200,3 +208,7 @@ class Session:
         )
         self._calls[signature] = call
         return call
+
+
+def _zeros(details: dict[str, Any]) -> np.ndarray:
+    return aligned_zeros(tuple(details["shape"]), np.dtype(details["dtype"]))

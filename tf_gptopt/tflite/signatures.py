@@ -15,7 +15,11 @@ runtime takes the smallest that holds the tokens so far.
 The cache is two inputs per block, `k_{i}` and `v_{i}`: flat float32 in the layout (num_heads,
 capacity, head_dim), where row p belongs to position p. It is never an output: `new_k_{i}` and
 `new_v_{i}`, (num_heads, n, head_dim), are, and the caller writes them to the rows from `position`
-on. So nothing is copied but what is new.
+on. So nothing is copied but what is new. An int8 cache has int8 arrays in their place and, beside
+each, float32 scales: `k_scale_{i}` flat (num_heads, capacity), `new_k_scale_{i}` (num_heads, n).
+
+With `io="int8"` the `logits` are int8, and the cache is int8 of one scale a block and no others.
+The scales and zero points stand in the tensors, and that of the logits in the metadata too.
 
 `position` is the number of tokens in the cache; what lies in later rows has no effect, as long as
 it is finite. Fewer than n tokens are padded at their end with any valid ids, and `last` says which
@@ -29,10 +33,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from tf_gptopt._errors import UserError
-from tf_gptopt.tflite import layers
+from tf_gptopt.tflite import attention, layers
 from tf_gptopt.tflite.flatbuffer import Model
+from tf_gptopt.tflite.graph import Graph
 from tf_gptopt.tflite.layers import Weights
 from tf_gptopt.tflite.metadata import Bucket
+from tf_gptopt.tflite.tensors import Tensor
 
 LOGITS_ROWS = 128  # positions that `logits_{n}` does at once
 
@@ -84,28 +90,36 @@ def add_step(model: Model, weights: Weights, bucket: Bucket) -> None:
     tokens = g.input("tokens", [n], np.int32)
     last = None if bucket.is_decode else g.input("last", [1], np.int32)
     position = g.input("position", [1], np.int32) if capacity else None
-    masks = layers.masks(g, n, capacity, position)
+    masks = attention.masks(g, n, capacity, position)
 
     x = layers.embed(g, weights, tokens, position)  # (n, width)
     for i, block in enumerate(weights.blocks):
-        y = layers.dense(g, layers.normalize(g, x, epsilon), block.qkv)
-        heads = layers.split_heads(g, y, 3 * block.num_heads)
+        y = layers.product(g, layers.normalize(g, x, block.attention_norm, epsilon), block.qkv)
+        if weights.cache != attention.FIXED:
+            y = layers.as_float(g, y)
+        heads = attention.split_heads(g, y, 3 * block.num_heads)
         q, k, v = g.split(heads, 3, axis=0)  # each (num_heads, n, head_dim)
-        g.output(f"new_k_{i}", k)
-        g.output(f"new_v_{i}", v)
-        old_k = old_v = None
+        k = attention.store(g, f"k_{i}", k, weights.cache)
+        v = attention.store(g, f"v_{i}", v, weights.cache)
+        old = None
         if capacity:
-            size = block.num_heads * capacity * config.head_dim
-            old_k, old_v = g.input(f"k_{i}", [size]), g.input(f"v_{i}", [size])
-        y = layers.merge_heads(g, layers.attention(g, q, k, v, old_k, old_v, masks))
-        x = x + layers.dense(g, y, block.proj)
-        y = layers.dense(g, layers.normalize(g, x, epsilon), block.fc)
-        x = x + layers.dense(g, g.gelu(y), block.out)
+            shape = block.num_heads, capacity, config.head_dim
+            old = [
+                attention.past(g, name, shape, weights.cache, block.qkv.output)
+                for name in (f"k_{i}", f"v_{i}")
+            ]
+        y = attention.attend(g, layers.as_float(g, q), k, v, old, masks)
+        y = layers.product(g, attention.merge_heads(g, y), block.proj)
+        x = layers.add(g, x, y, block.attention_add)
+        y = layers.product(g, layers.normalize(g, x, block.mlp_norm, epsilon), block.fc)
+        y = layers.product(g, g.gelu(layers.as_float(g, y)), block.out)
+        x = layers.add(g, x, y, block.mlp_add)
 
+    x = layers.as_float(g, x)
     if last is not None:
         g.output("hidden", x)
         x = g.embedding_lookup(last, x)  # that row alone, (1, width)
-    g.output("logits", layers.logits(g, weights, x))
+    _output_logits(g, weights, x)
 
 
 def add_logits(model: Model, weights: Weights, rows: int) -> str:
@@ -113,8 +127,13 @@ def add_logits(model: Model, weights: Weights, rows: int) -> str:
     width = weights.config.embedding_dim
     g = model.graph(f"logits_{rows}")
     hidden = g.reshape(g.input("hidden", [rows * width]), [rows, width])
-    g.output("logits", layers.logits(g, weights, hidden))
+    _output_logits(g, weights, hidden)
     return f"logits_{rows}"
+
+
+def _output_logits(g: Graph, weights: Weights, x: Tensor) -> None:
+    logits = layers.logits(g, weights, x)
+    g.output("logits", logits if weights.cache == attention.FIXED else layers.as_float(g, logits))
 
 
 def _checked(name: str, values: Sequence[int], context: int) -> list[int]:

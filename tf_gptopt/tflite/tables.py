@@ -89,19 +89,39 @@ class BufferTable(schema.BufferT):
         return schema.BufferEnd(builder)
 
 
-class RowScales(schema.QuantizationParametersT):
-    """Symmetric quantization with a scale for each row.
+class Scales(schema.QuantizationParametersT):
+    """Integers that mean `(q - zero_point) * scale`: one scale for all, or one for each row.
 
-    TFLite insists on a zero point (8 bytes, always zero here) for every scale.
+    TFLite insists on a zero point (8 bytes) for every scale.
     """
 
     def Pack(self, builder: Builder) -> int:
-        return builder.once(self, lambda: self._write(builder))
+        scale = builder.array(self.scale, np.float32)
+        zero_point = builder.array(self.zeroPoint, np.int64)
 
-    def _write(self, builder: Builder) -> int:
-        scale = builder.CreateNumpyVector(self.scale)
-        zero_point = builder.array(np.zeros(len(self.scale)), np.int64)
-        schema.QuantizationParametersStart(builder)
-        schema.QuantizationParametersAddScale(builder, scale)
-        schema.QuantizationParametersAddZeroPoint(builder, zero_point)
-        return schema.QuantizationParametersEnd(builder)
+        def write() -> int:
+            schema.QuantizationParametersStart(builder)
+            schema.QuantizationParametersAddScale(builder, scale)
+            schema.QuantizationParametersAddZeroPoint(builder, zero_point)
+            return schema.QuantizationParametersEnd(builder)
+
+        return builder.once(("scales", scale, zero_point), write)
+
+
+class BlockScales(schema.QuantizationParametersT):
+    """Integers with a scale for each block of neighbours in a row.
+
+    Args:
+        tensor: the scales' index in the same subgraph, float16 `(rows, blocks)`.
+        block: weights of a block.
+    """
+
+    def __init__(self, tensor: int, block: int) -> None:
+        super().__init__()
+        self.detailsType = schema.QuantizationDetails.BlockwiseQuantization
+        self.details = schema.BlockwiseQuantizationT(scales=tensor, zeroPoints=-1, blockSize=block)
+
+    def Pack(self, builder: Builder) -> int:
+        key = ("blocks", self.details.scales, self.details.blockSize)
+        pack = super().Pack
+        return builder.once(key, lambda: pack(builder))

@@ -18,9 +18,8 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gptopt._keras import keras
-from tf_gptopt.compression.calibration import calibration_ids, check_ids
 from tf_gptopt.compression.pruning.allocation import allocate
-from tf_gptopt.compression.pruning.scores import agree, batches_of, next_token_loss
+from tf_gptopt.compression.pruning.validation import ValidationLoss
 from tf_gptopt.compression.pruning.wrapper import masked_share, wrappers
 from tf_gptopt.models.gpt import GPTModel
 
@@ -83,10 +82,9 @@ class AdaptivePruning(keras.callbacks.Callback):
         if getattr(pruned, "pruning_state", None) is None:  # a loaded one begins anew
             pruned.pruning_state = AdaptiveState()
         self.state: AdaptiveState = pruned.pruning_state
-        self.ids = _validation_ids(pruned, validation)
+        self.validation_loss = ValidationLoss(pruned, validation)
         masks = [layer.pruning_vars[0][1] for layer in self.layers]
         self.variables = [*pruned.trainable_weights, *masks]
-        self._loss: Any = None
 
     @property
     def stopped_at(self) -> float | None:
@@ -158,27 +156,6 @@ class AdaptivePruning(keras.callbacks.Callback):
             return f"{within}, and {tried:.1%} was too much ({loss:.4f})"
         return ""
 
-    def validation_loss(self) -> float:
-        """Mean cross-entropy of the validation tokens, in nats; the same on all workers."""
-        if self._loss is None:
-            self._loss = tf.function(
-                lambda ids, weights: next_token_loss(self.pruned, ids, weights), autograph=False
-            )
-        total = sum(
-            float(self._loss(tf.constant(ids[0]), tf.constant(weights[0])))
-            for ids, weights in batches_of(self.ids)
-        )
-        mean = np.float32(total / self.ids[:, 1:].size)
-        return float(agree(self.pruned.distribute_strategy, [mean])[0])
-
     def _say(self, line: str) -> None:
         if self.pruned.distribute_strategy.extended.should_save_summary:  # the chief
             print(line, file=sys.stderr, flush=True)
-
-
-def _validation_ids(model: GPTModel, source: Any) -> np.ndarray:
-    if hasattr(source, "batches"):  # a TokenDataset
-        source = source.batches("valid", 128, max_batches=1)
-    if isinstance(source, tuple) and len(source) == 2:  # as validation_data: inputs and labels
-        source = source[0]
-    return check_ids(model, calibration_ids(source)[:, : model.config.max_sequence_length])

@@ -1,16 +1,10 @@
 """SparseGPT: prune a kernel in one shot, and let the weights that stay make up for those that go.
 
 Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
-arXiv:2301.00774. Each Dense layer is a least-squares problem of its own: find a sparse W' such that
-X W' is near X W on calibration text. With the Hessian H = 2/n X^T X, dampened, and the upper
-triangular Cholesky factor U of its inverse (H^-1 = U^T U), the inputs are gone through in order:
-
-- a weight's saliency, the error that its removal costs after the rest has adapted to it, is
-  (w_i / U_ii)^2. The least salient of the next 128 inputs go; for N:M, of the next M;
-- what goes leaves an error e_i = w_i / U_ii, and all later inputs take W_j -= U_ij e_i.
-
-All outputs of a layer share U and are worked on side by side. Kernels are `(inputs, outputs)` here,
-so the columns of the paper are rows.
+arXiv:2301.00774. In the frame of `compression/hessian.py`, with U the factor of the Hessian's
+inverse, a weight's saliency, the error that its removal costs after the rest has adapted to it, is
+(w_i / U_ii)^2. The least salient of the next 128 inputs go; for N:M, of the next M. What goes
+leaves an error that all later inputs make up for.
 
 Not in the paper: weights that are zero already go first and stay zero; blocks (`"4x4"`), whose
 saliency is the mean over their weights; exact counts, dealt to each stretch of 128 inputs by the
@@ -23,14 +17,13 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from tf_gptopt.compression.block_parts import HEAD
 from tf_gptopt.compression.calibration import Progress, check_layers, walk_blocks
+from tf_gptopt.compression.hessian import inverse_factor, observe_moments, settle_in_order
 from tf_gptopt.compression.pruning.config import PruneConfig
 from tf_gptopt.models.gpt import GPTModel
 
-DAMPENING = 0.01  # of the mean of H's diagonal
 STRETCH = 128  # inputs whose masks are chosen together
 
 
@@ -62,19 +55,12 @@ def solve(
     check_layers(model, layers)
     left = set(layers)
     for block in walk_blocks(model, token_ids, on_progress=on_progress, head=HEAD in left):
-        squares: dict[str, tf.Tensor] = {}
-        rows: dict[str, int] = {}
-
-        def observe(name: str, x: tf.Tensor, squares: Any = squares, rows: Any = rows) -> None:
-            squares[name] = squares.get(name, 0.0) + tf.matmul(x, x, transpose_a=True)
-            rows[name] = rows.get(name, 0) + len(x)
-
-        block.inputs(observe, left)
-        for name in squares:
+        moments = observe_moments(block, left)
+        for name in moments:
             kernel = model.base_layer(name).kernel
-            hessian = squares[name].numpy().astype(np.float64) * (2 / rows[name])
+            hessian = moments[name].hessian()
             kernel.assign(prune_kernel(kernel.numpy(), hessian, config))
-        left -= squares.keys()
+        left -= moments.keys()
         if not left:
             return
 
@@ -101,42 +87,16 @@ def prune_kernel(
     factor, unseen = inverse_factor(hessian)
     scale = np.where(unseen, 0.0, 1 / np.diag(factor) ** 2)[:, None]
     stretch, choose = _chooser(alive, config, stretch)
-    mask, errors = np.zeros_like(alive), np.zeros_like(weights)
+    mask = np.zeros_like(alive)
 
-    def go_through(start: int, end: int, chosen: bool = False) -> None:
-        """Inputs start..end-1, of which the earlier half is done before the later half hears of it:
-        the same sums as input by input, in matrix products of every size."""
-        if not chosen and end - start <= stretch:
-            saliency = scale[start:end] * weights[start:end] ** 2
-            mask[start:end] = choose(start, saliency)
-            chosen = True
-        if end - start == 1:
-            kept = np.where(mask[start], weights[start], 0.0)
-            errors[start] = (weights[start] - kept) / factor[start, start]
-            weights[start] = kept
-            return
-        unit = 1 if chosen else stretch
-        middle = start + max(1, (end - start) // unit // 2) * unit
-        go_through(start, middle, chosen)
-        weights[middle:end] -= factor[start:middle, middle:end].T @ errors[start:middle]
-        go_through(middle, end, chosen)
+    def choose_mask(start: int, end: int) -> None:
+        mask[start:end] = choose(start, scale[start:end] * weights[start:end] ** 2)
 
-    go_through(0, len(weights))
+    def keep(i: int, row: np.ndarray) -> np.ndarray:
+        return np.where(mask[i], row, 0.0)
+
+    settle_in_order(weights, factor, stretch, choose_mask, keep)
     return weights.astype(kernel.dtype)
-
-
-def inverse_factor(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Upper triangular U with U^T U = H^-1 after dampening, and which inputs were always zero.
-
-    No inverse is needed: flipped in both directions, H = L L^T makes U the flipped inverse of L.
-    """
-    unseen = np.diag(hessian) <= 0
-    dampened = hessian.copy()
-    np.fill_diagonal(dampened, np.diag(hessian) + DAMPENING * np.diag(hessian).mean())
-    dampened[unseen, unseen] = 1.0
-    lower = tf.linalg.cholesky(dampened[::-1, ::-1])
-    inverse = tf.linalg.triangular_solve(lower, tf.eye(len(hessian), dtype=tf.float64))
-    return inverse.numpy()[::-1, ::-1], unseen
 
 
 # Which weights stay

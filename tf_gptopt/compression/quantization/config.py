@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,6 +24,11 @@ ACTIVATIONS: dict[str, str] = {
     "float": "weights alone are integers (weight-only)",
 }
 BLOCKS = (32, 64, 128)
+LAYER_WEIGHTS: tuple[str, ...] = (  # of `QuantConfig.layers`
+    *WEIGHTS,
+    *(f"{kind}:{group}" for kind in BITS for group in ("tensor", "channel")),
+    *(f"int4:{block}" for block in BLOCKS),
+)
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "weights": tuple(WEIGHTS),
     "activations": tuple(ACTIVATIONS),
@@ -47,8 +53,9 @@ class QuantConfig:
         activations: a name from `ACTIVATIONS`, for integer weights.
         granularity: which weights share a scale: all of the model (`"global"`), a `"tensor"`, an
             output `"channel"` (a token, in the table), or blocks of 32, 64 or 128 neighbours of a
-            channel. Default `"channel"` for int8 and 32 for int4. Blocks are int4's alone: LiteRT
-            has no others. A layer whose inputs the block does not divide takes `"channel"`.
+            channel. Default `"channel"`, and 32 for int4 with dynamic activations. Blocks are for
+            these alone: LiteRT has no others. A layer whose inputs the block does not divide takes
+            `"channel"`.
         range: how far a grid reaches: to the largest weight (`"minmax"`), to a percentile of the
             magnitudes (`"percentile"`), or where the squared error is least (`"mse"`). Static
             activations use it as well.
@@ -64,9 +71,11 @@ class QuantConfig:
         io: `"int8"` hands logits out, and takes the cache in, as integers of a fixed scale, as
             NPUs want them (static activations only).
         quantize_adds: whether the residual additions are int8 too (static activations only).
-        layers: weights of single layers: shell patterns of names to names from `WEIGHTS`, such as
-            `{"block_0_*": "int8"}`; the first that matches counts. `"token_embedding"` covers both
-            uses of the table in a model whose logits are tied to it.
+        layers: weights of single layers: shell patterns of names to names from `WEIGHTS`, with a
+            granularity behind a colon where it is a layer's own, such as
+            `{"block_0_*": "int8", "block_3_*": "int4:128"}`; the first that matches counts.
+            `"token_embedding"` covers both uses of the table in a model whose logits are tied to
+            it.
         float_layers: patterns of layers whose weights stay float32, before all others.
 
     Raises:
@@ -75,7 +84,7 @@ class QuantConfig:
 
     weights: str = "int8"
     activations: str = "dynamic"
-    granularity: str | int | None = None
+    granularity: int | str | None = None  # the command line tries the types in this order
     range: str = "minmax"
     percentile: float = 99.9
     rounding: str = "nearest"
@@ -104,12 +113,12 @@ class QuantConfig:
                 raise UserError(f"{name} is {low} to {high}. Received: {name}={value!r}.")
         layers = self.layers
         if not isinstance(layers, Mapping) or not all(
-            isinstance(pattern, str) and pattern and kind in WEIGHTS
-            for pattern, kind in layers.items()
+            isinstance(pattern, str) and pattern and weights in LAYER_WEIGHTS
+            for pattern, weights in layers.items()
         ):
             raise UserError(
                 "layers maps layer name patterns to weights, such as {'block_0_*': 'int8'} "
-                f"(known: {', '.join(WEIGHTS)}). Received: layers={layers!r}."
+                f"(known: {', '.join(LAYER_WEIGHTS)}). Received: layers={layers!r}."
             )
         patterns = self.float_layers
         if isinstance(patterns, str):  # one pattern is as good as a list of one
@@ -126,19 +135,30 @@ class QuantConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        kinds = {self.weights, *self.layers.values()}
-        if isinstance(self.granularity, int):
-            if "int4" not in kinds:
-                raise UserError(
-                    "Blocks are for int4: LiteRT has no int8 weights with a scale per block. "
-                    f"Received: granularity={self.granularity!r}, weights={self.weights!r}. "
-                    'Take granularity="channel".'
-                )
-            if self.activations == "static":
-                raise UserError(
-                    "LiteRT has no static activations beside weights in blocks. Take "
-                    'granularity="channel", or activations="dynamic".'
-                )
+        kinds = self._kinds
+        if isinstance(self.granularity, int) and "int4" not in kinds:
+            raise UserError(
+                "Blocks are for int4: LiteRT has no int8 weights with a scale per block. "
+                f"Received: granularity={self.granularity!r}, weights={self.weights!r}. "
+                'Take granularity="channel".'
+            )
+        groups = [self.granularity, *(split_weights(w)[1] for w in self.layers.values())]
+        has_blocks = any(isinstance(group, int) for group in groups)
+        if self.activations == "static" and has_blocks:
+            raise UserError(
+                "LiteRT has no static activations beside weights in blocks. Take "
+                'granularity="channel", or activations="dynamic".'
+            )
+        if self.activations == "float" and has_blocks:
+            raise UserError(
+                "LiteRT cannot make weights in blocks float again (it makes zeros of them). Take "
+                'granularity="channel", or activations="dynamic".'
+            )
+        if self.io == self.kv_cache == "int8":
+            raise UserError(
+                'io="int8" has an int8 cache of its own, with fixed scales, and kv_cache="int8" '
+                "would have a scale for each token. Leave one of them out."
+            )
         if self.activations != "static":
             for name, asked in (
                 ("smoothing", self.smoothing > 0),
@@ -164,41 +184,51 @@ class QuantConfig:
     @property
     def name(self) -> str:
         """The scheme in a few words: `"int8 dynamic"`, `"int4 per 32 dynamic gptq"`."""
-        if not {self.weights, *self.layers.values()} & set(BITS):
-            return self.weights
         words = ["mixed" if self.layers else self.weights]
-        if self.granularity is not None or "int4" in words:
-            group = self.group(self.weights)
-            words.append(f"per {group}")
-        words.append("weight-only" if self.activations == "float" else self.activations)
-        words += [self.range] * (self.range != "minmax") + [self.rounding] * (
-            self.rounding != "nearest"
-        )
-        words += ["smooth"] * bool(self.smoothing) + ["int8 cache"] * (self.kv_cache == "int8")
+        if self._kinds & set(BITS):
+            if self.granularity is not None or "int4" in words:
+                words.append(f"per {self._group(self.weights, self.granularity)}")
+            words.append("weight-only" if self.activations == "float" else self.activations)
+            words += [self.range] * (self.range != "minmax")
+            words += [self.rounding] * (self.rounding != "nearest")
+            words += ["smooth"] * bool(self.smoothing)
+            words += ["bias-corrected"] * self.bias_correction
+        words += ["int8 adds"] * self.quantize_adds + ["int8 io"] * (self.io == "int8")
+        words += ["int8 cache"] * (self.kv_cache == "int8")
         return " ".join(words)
+
+    @property
+    def _kinds(self) -> set[str]:
+        return {self.weights, *(split_weights(w)[0] for w in self.layers.values())}
 
     def weights_of(self, layer: str) -> str:
         """The weights, a name from `WEIGHTS`, of the layer of this name."""
+        return split_weights(self._layer_weights(layer))[0]
+
+    def group_of(self, layer: str, width: int | None = None) -> str | int:
+        """Who shares a scale in the layer of this name, whose rows are `width` weights: `"global"`,
+        `"tensor"`, `"channel"`, or so many neighbours of a row."""
+        kind, group = split_weights(self._layer_weights(layer))
+        return self._group(kind, group or self.granularity, width)
+
+    def _layer_weights(self, layer: str) -> str:
         if any(fnmatchcase(layer, pattern) for pattern in self.float_layers):
             return "float32"
-        for pattern, kind in self.layers.items():
+        for pattern, weights in self.layers.items():
             if fnmatchcase(layer, pattern):
-                return kind
+                return weights
         return self.weights
+
+    def _group(self, kind: str, group: str | int | None, width: int | None = None) -> str | int:
+        if group is None:
+            group = 32 if kind == "int4" and self.activations == "dynamic" else "channel"
+        if isinstance(group, int) and (kind != "int4" or (width or group) % group):
+            return "channel"
+        return group
 
     def keeps_float(self, layer: str) -> bool:
         """Whether the weights of the layer of this name are no integers."""
         return self.weights_of(layer) not in BITS
-
-    def group(self, weights: str, width: int | None = None) -> str | int:
-        """Who shares a scale, of weights `"int8"` or `"int4"` in rows of `width`: `"global"`,
-        `"tensor"`, `"channel"`, or so many neighbours of a row."""
-        group = self.granularity
-        if group is None:
-            group = 32 if weights == "int4" and self.activations != "static" else "channel"
-        if isinstance(group, int) and (weights != "int4" or (width or group) % group):
-            return "channel"
-        return group
 
     def layers_to_quantize(self, layer_names: Iterable[str]) -> set[str]:
         """Those of `layer_names` whose weights become integers.
@@ -237,8 +267,47 @@ class QuantConfig:
             raise UserError(f"Unknown quantization recipe {name!r}.{suggest(str(name), RECIPES)}")
         return dataclasses.replace(RECIPES[name][0], **changes)
 
+    @classmethod
+    def from_sensitivity(
+        cls,
+        table: Any,
+        *,
+        bytes: int | float | None = None,
+        loss: float | None = None,
+        **changes: Any,
+    ) -> QuantConfig:
+        """A mixed scheme: for each layer what hurts least, within a budget.
+
+        Args:
+            table: a `Sensitivity`, measured with the options to choose from. float16 is always one.
+            bytes: what the matrices may take in a file, as an integer; or as a fraction of what
+                uniform int4 takes: 1.0 is the same size. The summed KL becomes the least possible.
+            loss: by how many nats the loss may rise, summed over the layers. The size becomes the
+                least possible.
+            **changes: fields of the config, beside those that the table was measured with.
+
+        Raises:
+            UserError: for no budget or two, and for one that cannot be met, with the least that
+                can.
+        """
+        from tf_gptopt.compression.quantization.mixed import from_sensitivity
+
+        layers = from_sensitivity(table, bytes, loss)
+        counts = Counter(split_weights(weights)[0] for weights in layers.values())
+        values: dict[str, Any] = {"weights": counts.most_common(1)[0][0], "layers": layers}
+        if "int4" not in counts and isinstance(table.quantization.granularity, int):
+            values["granularity"] = None  # of blocks that nobody takes
+        return dataclasses.replace(table.quantization, **{**values, **changes})
+
     def __hash__(self) -> int:
         return hash(json.dumps(self.to_dict(), sort_keys=True))
+
+
+def split_weights(weights: str) -> tuple[str, str | int | None]:
+    """A value of `QuantConfig.layers`: `"int4:128"` -> `("int4", 128)`, `"int8"` ->
+    `("int8", None)`."""
+    kind, _, group = weights.partition(":")
+    return kind, int(group) if group.isdigit() else group or None
 
 
 RECIPES: dict[str, tuple[QuantConfig, str]] = {
@@ -255,7 +324,7 @@ RECIPES: dict[str, tuple[QuantConfig, str]] = {
         "the size of int8, the arithmetic, speed and memory of float32",
     ),
     "int8-static": (
-        QuantConfig(activations="static", range="percentile", percentile=99.99),
+        QuantConfig(activations="static"),
         "integer products with fixed ranges, for accelerators that know nothing else",
     ),
     "int8-static-smooth": (
@@ -272,7 +341,7 @@ RECIPES: dict[str, tuple[QuantConfig, str]] = {
     ),
     "int4-weight-only": (
         QuantConfig("int4", range="mse", rounding="gptq", activations="float"),
-        "the size of int4, activations untouched",
+        "the size of int4 per channel, activations untouched",
     ),
     "float16": (QuantConfig("float16"), "half the size, as exact as anyone can tell"),
     "float32": (QuantConfig("float32"), "nothing is quantized"),

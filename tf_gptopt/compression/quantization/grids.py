@@ -66,8 +66,8 @@ def quantize_matrix(
     Args:
         matrix: `(rows, width)` float32.
         bits: 8 or 4.
-        group: who shares a scale: `"tensor"`, `"channel"` (a row) or so many neighbours of a row,
-            which must divide the width.
+        group: who shares a scale: `"tensor"` (or `"global"`, with a `peak`), `"channel"` (a row) or
+            so many neighbours of a row, which must divide the width.
         range: how far a group's grid reaches: to its largest weight (`"minmax"`), to a percentile
             of the magnitudes, or as far as makes the squared error least (`"mse"`). What lies
             beyond is clipped.
@@ -120,14 +120,14 @@ def find_grid(matrix: np.ndarray, bits: int = 8, group: str | int = "channel") -
 
 def grouped_view(matrix: np.ndarray, group: str | int) -> np.ndarray:
     """`matrix` `(rows, width)` as float32 `(rows, groups, weights of a group)`; `(1, 1, all)` for
-    "tensor".
+    "tensor" and "global".
 
     Raises:
         UserError: for blocks that do not divide the width.
     """
     matrix = np.ascontiguousarray(matrix, np.float32)
     rows, width = matrix.shape
-    if group == "tensor":
+    if group in ("tensor", "global"):
         return matrix.reshape(1, 1, -1)
     if group == "channel":
         return matrix.reshape(rows, 1, width)
@@ -182,6 +182,33 @@ def round_scales(scales: np.ndarray, group: str | int) -> np.ndarray:
         return np.where(half < _SMALLEST_HALF, np.float32(1), half)
     kept = (scales.view(np.uint32) & _SCALE_BITS).view(np.float32)
     return np.where(kept < _SMALLEST, np.float32(1), kept)
+
+
+def activation_scale(low: float, high: float, symmetric: bool = False) -> tuple[float, int]:
+    """Scale and zero point of int8 activations between `low` and `high`.
+
+    The integer `q` means `(q - zero_point) * scale`. The range is widened to hold 0, which is then
+    exact.
+
+    Args:
+        low, high: the range, finite.
+        symmetric: whether zero lies in the middle: integers -127 to 127 and zero point 0, else -128
+            to 127.
+
+    Returns:
+        A scale that float32 holds exactly, and a zero point in -128..127; 1 and 0 for no range.
+
+    Raises:
+        UserError: for a range that is none.
+    """
+    if not np.isfinite([low, high]).all() or low > high:
+        raise UserError(f"Activations need a range low <= high. Received: {low} to {high}.")
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    scale = np.float32(max(-low, high) / 127 if symmetric else (high - low) / 255)
+    if scale < _SMALLEST:
+        return 1.0, 0
+    zero_point = 0 if symmetric else round(-128 - low / float(scale))
+    return float(scale), min(max(zero_point, -128), 127)
 
 
 def _rounded(grouped: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
