@@ -2,12 +2,13 @@
 house, which calls `turns.done` after every step.
 
 The model is GPT-2's architecture with tied logits; AdamW with gradients clipped to 1, no dropout,
-random tokens. Three tasks:
+random tokens. The tasks:
 
 - "train": from scratch;
 - "distill": the same model learns from a teacher of its own size (soft labels at temperature 2 and
   the labels, half and half);
-- "prune": half of each block's kernels by magnitude, masks updated every 10 steps.
+- "prune": half of each block's kernels by magnitude, masks updated every 10 steps;
+- "qat", "qat-int4", "qat-static": quantization-aware, as `QAT` says.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ WARM_UP = 2  # steps that trace and compile
 ENDLESS = 1_000_000  # steps; the parent says when to stop
 TEMPERATURE = 2.0
 PRUNING = {"sparsity": 0.5, "end_step": 1000, "frequency": 10}
+QAT = {
+    "qat": {"weights": "int8"},
+    "qat-int4": {"weights": "int4", "granularity": 32},
+    "qat-static": {"weights": "int8", "activations": "static"},
+}
 
 
 class Turns:
@@ -61,6 +67,8 @@ def ours(shape: dict[str, int], precision: str, task: str, turns: Turns) -> None
     from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
     from tf_gptopt.compression.pruning.config import PruneConfig
     from tf_gptopt.compression.pruning.pruner import prune
+    from tf_gptopt.compression.quantization.config import QuantConfig
+    from tf_gptopt.compression.quantization.qat import quantize_aware
     from tf_gptopt.training.config import TrainConfig
     from tf_gptopt.training.precision import use_precision
     from tf_gptopt.training.trainer import fit
@@ -71,6 +79,8 @@ def ours(shape: dict[str, int], precision: str, task: str, turns: Turns) -> None
     if task == "prune":
         model = prune(model, PruneConfig(**PRUNING))
         callbacks = pruning_callbacks(model)
+    if task in QAT:
+        model = quantize_aware(model, QuantConfig(**QAT[task]))
     if task == "distill":
         model = Distiller(student=model, teacher=gpt(shape), temperature=TEMPERATURE, alpha=0.5)
     ticks = ticking(keras, turns, parameters=parameters, precision=policy)

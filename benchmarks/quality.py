@@ -2,15 +2,16 @@
 
     python benchmarks/quality.py --texts FOLDER     # both corpora: some hours on two cores
     python benchmarks/quality.py --texts FOLDER wikitext2 --only "*-50%*"
+    python benchmarks/quality.py checkpoint --texts FOLDER    # of a trained GPT-2: minutes
     python benchmarks/quality.py --minutes 30       # as far as that goes; again goes on
     python benchmarks/quality.py --quick            # a smoke test: a tiny model, few steps
 
-FOLDER has WikiText-2's train.txt and valid.txt; the other corpus is the standard library's source
-code. A parent of 5.8 million parameters is trained on each, beside the same model in PyTorch on
-the same tokens, so that nobody compresses a strawman; then every technique of `quality_runs.py`
-starts from it. Everything is kept in --work: interrupted anywhere, the same command goes on, and a
-finished run is not run again. Needs the extra `bench`. Results, as far as they have come, are in
-benchmarks/results/quality.json; the plots go to docs/.
+FOLDER has WikiText-2's train.txt and valid.txt (for `checkpoint`, a Hugging Face GPT-2); the other
+corpus is the standard library's source code. A parent of 5.8 million parameters is trained on each,
+beside the same model in PyTorch on the same tokens, so that nobody compresses a strawman; then
+every technique of `quality_runs.py` starts from it. Everything is kept in --work: interrupted
+anywhere, the same command goes on, and a finished run is not run again. Needs the extra `bench`.
+Results, as far as they have come, are in benchmarks/results/quality.json; the plots go to docs/.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._common import RESULTS, machine
-from benchmarks.quality_lab import QUICK, Lab, Scale, nanogpt
+from benchmarks.quality_checkpoint import CheckpointLab
+from benchmarks.quality_lab import QUICK, Lab, Scale
 from benchmarks.quality_runs import Run, runs
 from benchmarks.quality_table import bounds, fill, plot, print_table, time_decoding
 from tf_gptopt._files import read_json, write_json
 
-CORPORA = ("wikitext2", "python")
+CORPORA = ("wikitext2", "python", "checkpoint")
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 
@@ -41,8 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("corpora", nargs="*", help=f"of {', '.join(CORPORA)} (default: all)")
-    parser.add_argument("--texts", type=Path, help="WikiText-2's folder")
+    parser.add_argument("corpora", nargs="*", help=f"of {', '.join(CORPORA)}")
+    parser.add_argument("--texts", type=Path, help="WikiText-2's folder, or the checkpoint's")
     parser.add_argument("--work", type=Path, default=ROOT / "saved_models" / "quality")
     parser.add_argument("--only", default="*", help="a pattern of the runs' names")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many")
@@ -50,14 +52,15 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.corpora) - set(CORPORA):
         parser.error(f"unknown corpus: {', '.join(unknown)}")
-    corpora = given.corpora or [name for name in CORPORA if given.texts or name != "wikitext2"]
-    if "wikitext2" in corpora and not given.texts:
-        parser.error("wikitext2 needs --texts")
+    corpora = given.corpora or (["wikitext2", "python"] if given.texts else ["python"])
+    if corpora != ["python"] and not given.texts:
+        parser.error("wikitext2 and checkpoint need --texts")
     scale = QUICK if given.quick else Scale()
     until = time.monotonic() + 60 * given.minutes
     path = (given.work if given.quick else RESULTS) / "quality.json"
     for corpus in corpora:
-        lab = Lab(corpus, given.work / corpus, given.texts, say, scale)
+        kind = CheckpointLab if corpus == "checkpoint" else Lab
+        lab = kind(corpus, given.work / corpus, given.texts, say, scale)
         outcome = collect(lab, given.only, until)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {**(read_json(path) if path.is_file() else {}), corpus: outcome})
@@ -65,7 +68,8 @@ def main() -> None:
         if not given.quick:
             plot(corpus, outcome, DOCS)
     if not given.quick:
-        pages = [DOCS / f"{name}.md" for name in ("quality", "pruning", "distillation")]
+        names = ("quality", "pruning", "distillation", "quantization")
+        pages = [DOCS / f"{name}.md" for name in names]
         for page in (ROOT / "README.md", *pages):
             page.write_text(fill(page.read_text("utf-8"), read_json(path)), "utf-8")
 
@@ -74,18 +78,19 @@ def collect(lab: Lab, only: str, until: float) -> dict[str, Any]:
     """The rows of a corpus: those finished before, and what else is wanted and time allows."""
     rows: dict[str, Any] = {}
     for run in runs():
+        if lab.groups and run.group not in lab.groups:
+            continue
         result = lab.finished(run.name, run.settings)
         if result is None and fnmatchcase(run.name, only) and time.monotonic() < until:
             result = lab.run(run.name, run.settings, functools.partial(measured, lab, run))
         if result is not None:
             rows[run.name] = {"group": run.group, **run.settings, **result}
-    pytorch = lab.run("pytorch", {}, functools.partial(nanogpt, lab))
+    pytorch = lab.compare()
     time_decoding(lab, rows)
     return {
         "machine": machine(),
         "constants": dataclasses.asdict(lab.scale),
-        "train_tokens": lab.data.info.train_tokens,
-        "valid_tokens": lab.data.info.valid_tokens,
+        **lab.sizes(),
         "pytorch": pytorch,
         "rows": rows,
         "bounds": bounds(rows),
@@ -94,9 +99,10 @@ def collect(lab: Lab, only: str, until: float) -> dict[str, Any]:
 
 def measured(lab: Lab, run: Run, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
-    model = run.make(lab, folder, **run.settings)
+    made = run.make(lab, folder, **run.settings)
     seconds = time.monotonic() - began
-    return {**lab.measure(model, folder), "seconds": round(seconds, 1)}
+    model, config = made if isinstance(made, tuple) else (made, None)
+    return {**lab.measure(model, folder, config), "seconds": round(seconds, 1)}
 
 
 def say(text: str) -> None:

@@ -4,6 +4,7 @@ and one way to measure. Whatever it starts it can go on with after any interrupt
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from tf_gptopt.evaluation.size import file_bytes
 from tf_gptopt.models.checkpoints import load_checkpoint, save_model
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.tflite.convert import export_tflite
+from tf_gptopt.tflite.runtime import TFLiteGPT
 from tf_gptopt.training import trainer
 from tf_gptopt.training.config import TrainConfig
 
@@ -41,8 +43,10 @@ class Scale:
         seed: of the split, the parents' weights and the order of every run's tokens.
         vocab_size, length, batch: tokens of the vocabulary, of a window, windows of a step.
         shape: the parent's; 5.8 million parameters.
-        parent_steps: its training, of 2,048 tokens each.
+        parent_steps: its training, of 2,048 tokens each, to where PyTorch's model is compared.
         parent_rate: its peak learning rate.
+        more_steps: what it is trained on from there, its learning rate warmed up again.
+        more_rate: the peak of that.
         tune_steps: of every technique that trains on.
         scored: held-out tokens.
         calibration: windows of the training split.
@@ -59,6 +63,8 @@ class Scale:
     )
     parent_steps: int = 1500
     parent_rate: float = 2e-3
+    more_steps: int = 3000
+    more_rate: float = 1.5e-3
     tune_steps: int = 150
     scored: int = 65_536
     calibration: int = 128
@@ -69,6 +75,7 @@ QUICK = Scale(
     length=32,
     shape=(("embedding_dim", 32), ("num_layers", 2), ("num_heads", 4)),
     parent_steps=30,
+    more_steps=10,
     tune_steps=6,
     scored=1024,
     calibration=8,
@@ -87,6 +94,7 @@ class Lab:
         scale: how large and how long.
     """
 
+    groups: ClassVar[tuple[str, ...] | None] = None  # of runs that make sense here; None: all
     corpus: str
     folder: Path
     texts: Path | None
@@ -114,15 +122,35 @@ class Lab:
         return Tokenizer.load(self.folder / "data")
 
     @property
+    def early(self) -> GPTModel:
+        """The parent after `parent_steps`, where PyTorch's is compared."""
+
+        def train(folder: Path) -> GPTModel:
+            model = self.fresh(dict(self.scale.shape))
+            self.fit(model, self.scale.parent_steps, self.scale.parent_rate, folder)
+            return model
+
+        return self._trained("trained", train)
+
+    @property
     def parent(self) -> GPTModel:
         """A fresh copy of the trained float parent."""
-        folder = self.folder / "trained" / "model"  # beside the runs, one of which measures it
-        if not folder.is_dir():
-            model = self.fresh(dict(self.scale.shape))
-            scale = self.scale
-            self.fit(model, scale.parent_steps, scale.parent_rate, self.folder / "trained")
-            save_model(model, folder)
-        return load_checkpoint(folder)
+
+        def train(folder: Path) -> GPTModel:
+            model = self.early
+            self.fit(model, self.scale.more_steps, self.scale.more_rate, folder, seed=1)
+            return model
+
+        return self._trained("trained_on", train)
+
+    def _trained(self, name: str, train: Callable[[Path], GPTModel]) -> GPTModel:
+        """What `train` makes, from disk; its folder lies beside the runs, which measure it."""
+        folder = self.folder / name
+        if not (folder / "model").is_dir():
+            self.say(name)
+            save_model(train(folder), folder / "model")
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return load_checkpoint(folder / "model")
 
     @cached_property
     def reference(self) -> Quality:
@@ -175,13 +203,26 @@ class Lab:
             precision="float32",
         )
 
-    def measure(self, model: GPTModel, folder: Path) -> dict[str, Any]:
-        """What the table shows of a plain model, its int8 file's size too. The file stays in
-        `folder`, for the timing at the end."""
+    def sizes(self) -> dict[str, int]:
+        """Tokens of both splits."""
+        info = self.data.info
+        return {"train_tokens": info.train_tokens, "valid_tokens": info.valid_tokens}
+
+    def compare(self) -> dict[str, Any]:
+        """The same model in PyTorch, after `parent_steps`."""
+        return self.run("pytorch", {}, functools.partial(nanogpt, self))
+
+    def measure(
+        self, model: GPTModel, folder: Path, config: QuantConfig | None = None
+    ) -> dict[str, Any]:
+        """What the table shows of a plain model, its int8 file's size too; or, with a `config`, of
+        the file of that scheme. The file stays in `folder`, for the timing at the end."""
         parameters, nonzero = count_parameters(model)
-        quality = measure_quality(model, self.scored())
-        export_tflite(model, folder / "model.tflite", QuantConfig(), tokenizer=self.tokenizer)
-        size, packed = file_bytes(folder / "model.tflite")
+        file = folder / "model.tflite"
+        export_tflite(model, file, config or QuantConfig(), tokenizer=self.tokenizer)
+        size, packed = file_bytes(file)
+        subject = model if config is None else TFLiteGPT(file)
+        quality = measure_quality(subject, self.scored())
         return {
             "parameters": parameters,
             "nonzero": nonzero,
@@ -191,7 +232,7 @@ class Lab:
             "perplexity": round(quality.perplexity, 3),
             "change": round(quality.perplexity / self.reference.perplexity - 1, 5),
             "agreement": round(quality.agreement(self.reference), 5),
-            "kl": round(token_kl(model, self.parent, self.scored()), 5),
+            "kl": round(token_kl(subject, self.parent, self.scored()), 5),
         }
 
     def finished(self, name: str, settings: dict[str, Any]) -> Any:

@@ -21,15 +21,20 @@ from tf_gptopt.compression.distillation.losses import (
 from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
 from tf_gptopt.compression.pruning.config import PruneConfig
 from tf_gptopt.compression.pruning.pruner import prune, strip_pruning
+from tf_gptopt.compression.quantization.config import RECIPES, QuantConfig
+from tf_gptopt.compression.quantization.ptq import quantize
+from tf_gptopt.compression.quantization.qat import quantize_aware, strip_quantization
 from tf_gptopt.compression.structured.config import ShrinkConfig
 from tf_gptopt.compression.structured.shrinking import shrink
+from tf_gptopt.evaluation.size import file_bytes
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.recipes.distill_stage import part_of_the_way
+from tf_gptopt.tflite.convert import export_tflite
 from tf_gptopt.tflite.runtime import TFLiteGPT
 
 SCORES = ("random", "magnitude", "gradient", "taylor", "wanda", "sparsegpt")
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
-TUNE_RATE, DISTILL_RATE = 5e-4, 1e-3
+TUNE_RATE, DISTILL_RATE, QAT_RATE = 5e-4, 1e-3, 2e-4
 THIRD = 0.67  # of the parameters stay
 ROUNDS = 2
 STUDENT_SEEDS = (0, 1, 2)
@@ -40,6 +45,19 @@ SIGNALS: dict[str, list[Any]] = {  # beside plain soft labels
     "hidden_states": [SoftLabels(), HiddenStates(normalize=True, weight=0.5)],
     "attention_maps": [SoftLabels(), AttentionMaps(weight=0.2)],
     "relations": [SoftLabels(), Relations(weight=0.2)],
+}
+
+
+PTQ_VARIANTS: dict[str, dict[str, Any]] = {
+    "int8-static-p99.99": {"recipe": "int8-static", "range": "percentile", "percentile": 99.99},
+    "int8-tensor": {"recipe": "int8", "granularity": "tensor"},
+    "int8-global": {"recipe": "int8", "granularity": "global"},
+    "int4-minmax": {"recipe": "int4", "range": "minmax"},
+    "int4-channel": {"recipe": "int4", "granularity": "channel"},
+    "int4-channel-gptq": {"recipe": "int4-gptq", "granularity": "channel"},
+    "int4-per-128": {"recipe": "int4", "granularity": 128},
+    "int4-per-128-gptq": {"recipe": "int4-gptq", "granularity": 128},
+    "int4-gptq-cache": {"recipe": "int4-gptq", "kv_cache": "int8"},
 }
 
 
@@ -62,6 +80,11 @@ class Run:
 
 def parent(lab: Lab, folder: Path) -> GPTModel:
     return lab.parent
+
+
+def early(lab: Lab, folder: Path) -> GPTModel:
+    """The parent a third of the way, where the same model in PyTorch has its loss."""
+    return lab.early
 
 
 def continued(lab: Lab, folder: Path, times: int) -> GPTModel:
@@ -142,13 +165,60 @@ def half(lab: Lab, folder: Path, seed: int, signal: str) -> GPTModel:
         distiller = Distiller(student, cached)
         lab.fit(distiller, steps, DISTILL_RATE, folder, seed=seed, data=cached)
         return student
-    return _taught(lab, student, parent, folder, steps, seed, SIGNALS.get(signal))
+    teacher = [parent, lab.early] if signal == "two-teachers" else parent
+    return _taught(lab, student, teacher, folder, steps, seed, SIGNALS.get(signal))
+
+
+def quantized(lab: Lab, folder: Path, recipe: str, **changes: Any) -> tuple[GPTModel, QuantConfig]:
+    """After training, on the calibration text where the scheme takes some."""
+    config = QuantConfig.from_recipe(recipe, **changes)
+    return quantize(lab.parent, config, lab.calibration), config
+
+
+def quantized_aware(
+    lab: Lab, folder: Path, recipe: str, rate: float = QAT_RATE, **changes: Any
+) -> tuple[GPTModel, QuantConfig]:
+    """Trained on with what the file will hold."""
+    config = QuantConfig.from_recipe(recipe, **changes)
+    aware = quantize_aware(lab.parent, config, calibration=lab.calibration)
+    lab.fit(aware, lab.scale.tune_steps, rate, folder)
+    return strip_quantization(aware), config
+
+
+def small(lab: Lab, folder: Path) -> tuple[GPTModel, QuantConfig]:
+    """Half the depth, half of the weights, int8: distilled at every stage."""
+    parent, steps, config = lab.parent, lab.scale.tune_steps, QuantConfig()
+    student = shrink(parent, layers=parent.config.num_layers // 2)
+    student = _taught(lab, student, parent, folder / "half", 2 * steps)
+    pruning = PruneConfig(schedule="cubic", end_step=steps * 2 // 3, frequency=5)
+    sparse = prune(student, pruning)
+    teaching = Distiller(sparse, parent)
+    lab.fit(teaching, steps, TUNE_RATE, folder / "sparse", pruning_callbacks(sparse))
+    aware = quantize_aware(strip_pruning(sparse), config)
+    lab.fit(Distiller(aware, parent), steps, QAT_RATE, folder / "aware")
+    return strip_quantization(aware), config
+
+
+def small_dense(lab: Lab, folder: Path, like: str) -> tuple[GPTModel, QuantConfig]:
+    """A dense model whose int8 file is no smaller than another run's after gzip, trained in float
+    on as many tokens as the parent and that run together."""
+    scale, shape = lab.scale, dict(lab.scale.shape)
+    target = lab.finished(like, {})["gzip_bytes"]
+    for width in range(8, shape["embedding_dim"], 8):
+        model = lab.fresh({**shape, "embedding_dim": width})
+        export_tflite(model, folder / "size.tflite", QuantConfig(), tokenizer=lab.tokenizer)
+        if file_bytes(folder / "size.tflite")[1] >= target:
+            break
+    lab.fit(model, scale.parent_steps, scale.parent_rate, folder / "first")
+    more = scale.more_steps + 4 * scale.tune_steps
+    lab.fit(model, more, scale.more_rate, folder / "more", seed=1)
+    return model, QuantConfig()
 
 
 def _taught(
     lab: Lab,
     student: GPTModel,
-    teacher: GPTModel,
+    teacher: Any,
     folder: Path,
     steps: int,
     seed: int = 0,
@@ -161,6 +231,7 @@ def _taught(
 def runs() -> Iterator[Run]:
     """Every run, those of the table of bounds first."""
     yield Run("parent", "parent", parent)
+    yield Run("early", "early", early)
     yield Run("continued", "tuned", continued, {"times": 1})
     for score in SCORES:
         yield _prune(score, 0.5, tuned=False)
@@ -180,13 +251,24 @@ def runs() -> Iterator[Run]:
             yield _half(signal, seed)
     yield Run("continued-long", "structured, tuned", continued, {"times": 2})
 
-    for signal in (*SIGNALS, "cached"):
+    for recipe in RECIPES:
+        if recipe not in ("float32", "float16"):
+            yield Run(f"ptq-{recipe}", "quantized", quantized, {"recipe": recipe})
+    for recipe in ("int8", "int8-static", "int4"):
+        yield Run(f"qat-{recipe}", "quantized, tuned", quantized_aware, {"recipe": recipe})
+    for name, changes in PTQ_VARIANTS.items():
+        yield Run(f"ptq-{name}", "quantized", quantized, changes)
+    yield Run("small", "small", small)
+    yield Run("small-dense", "small", small_dense, {"like": "small"})
+
+    for signal in (*SIGNALS, "two-teachers", "cached"):
         yield _half(signal, 0)
     for sparsity in (0.3, 0.7, 0.9):
         for score in SCORES:
             yield _prune(score, sparsity, tuned=False)
     for sparsity in SPARSITIES:
         yield _prune("magnitude", sparsity, tuned=False, scope="global")
+        yield _prune("wanda", sparsity, tuned=False, scope="output")  # its paper's group
     for pattern in ("2:4", "4:8", "16x1", "4x4"):
         for score in ("magnitude", "wanda", "sparsegpt"):
             yield _prune(score, 0.5, tuned=False, pattern=pattern)
@@ -219,8 +301,6 @@ def _prune(
 ) -> Run:
     parts = [score, "" if scope == "layer" else scope, "" if pattern == "unstructured" else pattern]
     name = "-".join([*filter(None, parts), f"{sparsity:.0%}"]).replace(":", "of")
-    if score == "wanda" and scope == "layer":  # its paper's comparison group
-        scope = "output"
     settings = {"score": score, "sparsity": sparsity, "pattern": pattern, "scope": scope}
     if tuned:
         return Run(f"{name}-tuned", "tuned", pruned_and_tuned, settings)

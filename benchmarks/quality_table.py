@@ -240,16 +240,15 @@ def _all(results: dict[str, Any], corpora: list[str]) -> list[list[str]]:
 
 
 def _parents(results: dict[str, Any], words: list[str]) -> list[list[str]]:
-    lines = [
-        [
-            corpus,
-            f"{outcome['train_tokens']:,}",
-            f"{outcome['rows']['parent']['loss']:.4f}",
-            f"{outcome['pytorch']['loss']:.4f}",
-        ]
-        for corpus, outcome in results.items()
-    ]
-    return _table(["corpus", "tokens in it", "our loss", "PyTorch's"], lines, text=1)
+    lines = []
+    for corpus, outcome in results.items():
+        rows = outcome["rows"]
+        if outcome["pytorch"]:
+            losses = (rows.get("early", rows["parent"]), outcome["pytorch"], rows["parent"])
+            tokens = f"{outcome['train_tokens']:,}"
+            lines.append([corpus, tokens, *(f"{one['loss']:.4f}" for one in losses)])
+    head = ["corpus", "tokens in it", "our loss", "PyTorch's there", "the parent's"]
+    return _table(head, lines, text=1)
 
 
 def _bounds(results: dict[str, Any], words: list[str]) -> list[list[str]]:

@@ -10,7 +10,8 @@ Contests (`SHAPES`, `CONTESTS`):
 - gpt2: GPT-2's 124 million, 4 sequences of 256 tokens;
 - long: as base, 2 sequences of 1,024 tokens;
 - distill: as base, from a teacher of the same size, against the same in torch;
-- prune: as base, against tfmot's own wrapper on the same model and against not pruning.
+- prune: as base, against tfmot's own wrapper on the same model and against not pruning;
+- qat, qat-int4, qat-static: as base, against not quantizing.
 
 A rival counts with the faster of float32 and bfloat16 on this processor; what it reached in the
 other is kept too. Then all of them stay alive and take turns of a few steps, so that other work on
@@ -32,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._common import RESULTS, machine, spread
-from benchmarks.contestants import HOUSES, Turns
+from benchmarks.contestants import HOUSES, QAT, Turns
 from tf_gptopt._files import read_json, write_json
 
 BASE = {"vocab": 8192, "width": 384, "layers": 6, "heads": 6, "time": 256, "batch": 8}
@@ -48,6 +49,7 @@ CONTESTS: dict[str, tuple[dict[str, int], str, dict[str, tuple[str, ...]]]] = {
     "long": (LONG, "train", PEERS),
     "distill": (BASE, "distill", {"torch": BOTH, "ours, not distilling": ("auto",)}),
     "prune": (BASE, "prune", {"tfmot": ("float32",), "ours, not pruning": ("auto",)}),
+    **{name: (BASE, name, {"ours, not quantizing": ("auto",)}) for name in QAT},
 }
 
 
