@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -76,3 +78,16 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def in_a_child(script: str, *arguments: Any) -> dict[str, Any]:
+    """What `script --child ARGUMENTS` prints as its last line, both as JSON: a process of its own
+    has a peak memory of its own."""
+    done = subprocess.run(
+        [sys.executable, script, "--child", json.dumps(arguments)],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])

@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._common import RESULTS, machine, spread
+from benchmarks._common import RESULTS, in_a_child, machine, spread
 from tf_gptopt._files import read_json, write_json
 
 BASE = {"vocab": 8192, "width": 384, "layers": 6, "heads": 6, "time": 256, "batch": 8}
@@ -213,17 +211,6 @@ def resident_mb(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def in_a_child(shape: dict[str, int], case: dict[str, Any]) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps([shape, case])],
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def keep(part: str, outcome: dict[str, Any]) -> None:
     path = RESULTS / "pruning.json"
     results = read_json(path) if path.exists() else {}
@@ -258,7 +245,7 @@ def main() -> None:
             if arguments.case not in name or (case["length"] > 128 and not arguments.long):
                 continue
             print(f"solve: {name}", flush=True)
-            outcome = in_a_child(shape, case)
+            outcome = in_a_child(__file__, shape, case)
             print(f"  {outcome}", flush=True)
             if not arguments.quick:
                 keep("solve", {name: {"machine": machine(), **outcome}})

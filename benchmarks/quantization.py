@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._common import RESULTS, machine
+from benchmarks._common import RESULTS, in_a_child, machine
 from benchmarks.pruning import EXAMPLES, GPT2, QUICK, gpt, random_ids, resident_mb
 from tf_gptopt._files import read_json, write_json
 
@@ -94,17 +92,6 @@ def _converter(model: Any, path: Path, recipe: None, ids: Any) -> dict[str, floa
     return {"export_seconds": time.perf_counter() - start}
 
 
-def in_a_child(shape: dict[str, int], case: dict[str, Any]) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps([shape, case])],
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def keep(name: str, outcome: dict[str, Any]) -> None:
     path = RESULTS / "quantization.json"
     results = read_json(path) if path.exists() else {}
@@ -126,7 +113,7 @@ def main() -> None:
         if arguments.case not in name or (case.get("length", 0) > 128 and not arguments.long):
             continue
         print(name, flush=True)
-        outcome = in_a_child(shape, case)
+        outcome = in_a_child(__file__, shape, case)
         print(f"  {outcome}", flush=True)
         if not arguments.quick:
             keep(name, {"shape": shape, **outcome})

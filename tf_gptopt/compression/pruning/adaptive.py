@@ -9,25 +9,21 @@ at `end_step`, or when rises have become an eighth of the first; the masks then 
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 import sys
 from typing import Any
-
-import numpy as np
-import tensorflow as tf
 
 from tf_gptopt._keras import keras
 from tf_gptopt.compression.pruning.allocation import allocate
 from tf_gptopt.compression.pruning.validation import ValidationLoss
 from tf_gptopt.compression.pruning.wrapper import masked_share, wrappers
+from tf_gptopt.compression.saved_state import SavedState
 from tf_gptopt.models.gpt import GPTModel
 
 _SMALLEST = 1 / 8  # of the first increment
 
 
 @dataclasses.dataclass(eq=False)
-class AdaptiveState(tf.train.experimental.PythonState):
+class AdaptiveState(SavedState):
     """Where adaptive pruning stands; an attribute of the model, so checkpoints hold it.
 
     Attributes:
@@ -48,19 +44,6 @@ class AdaptiveState(tf.train.experimental.PythonState):
     done: bool = False
     history: list = dataclasses.field(default_factory=list)
     weights: list = dataclasses.field(default_factory=list)
-
-    def serialize(self) -> bytes:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        weights, stream = values.pop("weights"), io.BytesIO()
-        np.savez(stream, *weights, values=json.dumps(values))
-        return stream.getvalue()
-
-    def deserialize(self, string_value: bytes) -> None:
-        with np.load(io.BytesIO(string_value), allow_pickle=False) as file:
-            values = json.loads(str(file["values"]))
-            weights = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
-        for name, value in {**values, "weights": weights}.items():
-            setattr(self, name, value)
 
 
 class AdaptivePruning(keras.callbacks.Callback):

@@ -9,27 +9,23 @@ tried. What comes out is a mixed scheme, each of whose layers has been trained w
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
-import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
 from tf_gptopt.compression.pruning.validation import ValidationLoss
 from tf_gptopt.compression.quantization.aware_state import layer_bits, set_bits
 from tf_gptopt.compression.quantization.bit_schedule import describe, matching_layers
+from tf_gptopt.compression.saved_state import SavedState
 from tf_gptopt.models.gpt import GPTModel
 
 HIGH, LOW = 8, 4
 
 
 @dataclasses.dataclass(eq=False)
-class BitState(tf.train.experimental.PythonState):
+class BitState(SavedState):
     """Where adaptive bits stand; an attribute of the model, so checkpoints hold it.
 
     Attributes:
@@ -45,19 +41,6 @@ class BitState(tf.train.experimental.PythonState):
     done: bool = False
     history: list = dataclasses.field(default_factory=list)
     weights: list = dataclasses.field(default_factory=list)
-
-    def serialize(self) -> bytes:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        weights, stream = values.pop("weights"), io.BytesIO()
-        np.savez(stream, *weights, values=json.dumps(values))
-        return stream.getvalue()
-
-    def deserialize(self, string_value: bytes) -> None:
-        with np.load(io.BytesIO(string_value), allow_pickle=False) as file:
-            values = json.loads(str(file["values"]))
-            weights = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
-        for name, value in {**values, "weights": weights}.items():
-            setattr(self, name, value)
 
 
 class AdaptiveBits(keras.callbacks.Callback):
