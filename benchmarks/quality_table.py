@@ -111,8 +111,8 @@ def in_order(values: list[float]) -> tuple[list[float], bool]:
 
 def time_decoding(lab: Lab, rows: Rows) -> None:
     """Adds `decode` (tokens per second) and `decode_ratio` (to the parent's int8 file, in turns) to
-    the rows. Files of one shape take the same time, whatever their weights are, so each shape is
-    timed once and kept."""
+    the rows. Files of one shape and scheme take the same time, whatever their weights are, so each
+    is timed once and kept."""
     from tf_gptopt.evaluation.speed import measure_speed
     from tf_gptopt.tflite.runtime import TFLiteGPT
 
@@ -126,7 +126,7 @@ def time_decoding(lab: Lab, rows: Rows) -> None:
     timed = read_json(path) if path.is_file() else {}
     for name, row in rows.items():
         child = runtime(name)
-        shape = str(child.config.to_dict())
+        shape = f"{child.config.to_dict()} {child.metadata['quantization']}"
         if shape not in timed:
             pairs = [
                 (
