@@ -16,6 +16,7 @@ from tf_gptopt.compression.quantization.aware_state import (
     final_config,
     layer_bits,
     quantized_layers,
+    set_bits,
 )
 from tf_gptopt.compression.quantization.bit_schedule import BitSchedule
 from tf_gptopt.compression.quantization.config import BITS, QuantConfig
@@ -47,6 +48,18 @@ def assert_on_final_grid(aware: GPTModel) -> None:
         bits, group = BITS[config.weights_of(layer)], config.group_of(layer, rows.shape[1])
         assert bits == layer_bits(quantized_layers(aware))[layer]
         assert find_grid(rows, bits, group) is not None, (layer, bits, group)
+
+
+def test_the_bits_of_now_come_before_those_it_was_made_with(tiny_model: Any) -> None:
+    config = QuantConfig("int8", layers={"block_0_fc": "int8:channel", "block_1_*": "int8"})
+    aware = quantize_aware(tiny_model(), config)
+    for layer in quantized_layers(aware):
+        if layer.layer.name in ("block_0_fc", "block_1_out"):
+            set_bits(layer, 4)
+    found = final_config(aware)
+    names = ("block_0_fc", "block_0_out", "block_1_fc", "block_1_out")
+    assert [found.weights_of(name) for name in names] == ["int4", "int8", "int8", "int4"]
+    assert_on_final_grid(aware)
 
 
 class Seen(keras.callbacks.Callback):

@@ -11,7 +11,11 @@ import tensorflow as tf
 from tf_gptopt._errors import UserError
 from tf_gptopt.compression.quantization.config import BITS, QuantConfig
 from tf_gptopt.compression.quantization.quantizers import GridQuantizer
-from tf_gptopt.compression.quantization.ranges import Ranges, calibrate_ranges
+from tf_gptopt.compression.quantization.ranges import (
+    Ranges,
+    choose_ranges,
+    observe_activations,
+)
 from tf_gptopt.compression.quantization.wrapping import QuantizedLayer
 from tf_gptopt.models.gpt import GPTModel, require_gpt
 
@@ -32,7 +36,8 @@ def final_config(aware: GPTModel) -> QuantConfig:
         if BITS[config.weights_of(name)] != bits:
             group = layer.quantized_weights[0][1].layout.group_at(bits)
             changed[name] = f"int{bits}:{'tensor' if group == 'global' else group}"
-    return dataclasses.replace(config, layers={**changed, **config.layers})
+    rest = {pattern: kind for pattern, kind in config.layers.items() if pattern not in changed}
+    return dataclasses.replace(config, layers={**changed, **rest})
 
 
 def first_config(aware: GPTModel) -> QuantConfig:
@@ -107,10 +112,10 @@ def activation_ranges(aware: GPTModel) -> Ranges | None:
 
 def calibrate(aware: GPTModel, plain: GPTModel, config: QuantConfig, token_ids: np.ndarray) -> None:
     """Set the ranges of a QAT model to those of what it computes, `plain`, on some text."""
-    used = whole = calibrate_ranges(plain, config, token_ids)
-    if config.range != "minmax":  # training can follow extremes alone: the rest is a share of them
-        whole = calibrate_ranges(plain, dataclasses.replace(config, range="minmax"), token_ids)
-    set_ranges(aware, used, whole)
+    seen = observe_activations(plain, config, token_ids)
+    # training can follow extremes alone: other ranges are a share of them
+    whole = choose_ranges(seen, dataclasses.replace(config, range="minmax"))
+    set_ranges(aware, choose_ranges(seen, config), whole)
 
 
 def set_ranges(aware: GPTModel, used: Ranges, whole: Ranges | None = None) -> None:

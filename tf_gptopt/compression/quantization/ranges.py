@@ -128,6 +128,14 @@ def calibrate_ranges(
     Raises:
         UserError: for tokens that are not for this model.
     """
+    seen = observe_activations(model, config, token_ids, on_progress)
+    return choose_ranges(seen, config)
+
+
+def observe_activations(
+    model: GPTModel, config: QuantConfig, token_ids: Any, on_progress: Progress | None = None
+) -> dict[str, Histogram]:
+    """What the activations that `calibrate_ranges` names reach; arguments as there."""
     products = _products(model, config)
     streams = _streams(model) if config.quantize_adds else {}
     seen: dict[str, Histogram] = {}
@@ -145,6 +153,11 @@ def calibrate_ranges(
             outputs.observe(y if bias is None else y + bias, counting and layer != HEAD)
 
     stream_inputs(model, token_ids, {*products, *streams}, observe, on_progress=on_progress)
+    return seen
+
+
+def choose_ranges(seen: Mapping[str, Histogram], config: QuantConfig) -> Ranges:
+    """The ranges that `config` chooses of what was observed with it; min-max needs no counts."""
     whole = dataclasses.replace(config, range="minmax")
     return {
         name: histogram.range(whole if name == f"{HEAD}/output" else config)
