@@ -73,13 +73,6 @@ def spread(values: Sequence[float], digits: int = 1) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def in_a_child(script: str, *arguments: Any) -> dict[str, Any]:
     """What `script --child ARGUMENTS` prints as its last line, both as JSON: a process of its own
     has a peak memory of its own."""
@@ -91,3 +84,10 @@ def in_a_child(script: str, *arguments: Any) -> dict[str, Any]:
         check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

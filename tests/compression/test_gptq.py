@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import least_squares
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,14 +19,10 @@ IDS = np.random.default_rng(1).integers(0, 61, (9, 14))
 KINDS = [(8, "tensor"), (8, "channel"), (4, "tensor"), (4, "channel"), (4, 4), (4, 8)]
 
 
-def problem(
-    inputs: int, outputs: int, seed: int, rows: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Correlated inputs of different sizes, a float32 kernel, and the Hessian, float64."""
-    rng = np.random.default_rng(seed)
-    mix = rng.normal(size=(inputs, inputs)) * rng.lognormal(size=inputs)
-    x = rng.normal(size=(rows or 4 * inputs, inputs)) @ mix / inputs**0.5
-    return x, rng.normal(size=(inputs, outputs)).astype(np.float32), x.T @ x * (2 / len(x))
+def problem(inputs: int, outputs: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `least_squares.problem`, the kernel float32."""
+    x, kernel, hessian = least_squares.problem(inputs, outputs, seed)
+    return x, kernel.astype(np.float32), hessian
 
 
 def slow_gptq(kernel: np.ndarray, hessian: np.ndarray, bits: int, group: str | int) -> np.ndarray:

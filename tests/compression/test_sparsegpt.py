@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from least_squares import problem
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
@@ -26,16 +27,6 @@ IDS = np.random.default_rng(1).integers(0, 61, (9, 14))
 
 def once(**arguments: Any) -> PruneConfig:
     return PruneConfig(schedule="constant", score="sparsegpt", **arguments)
-
-
-def problem(
-    inputs: int, outputs: int, seed: int, rows: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Correlated inputs of different sizes, a kernel, and the Hessian of both, float64."""
-    rng = np.random.default_rng(seed)
-    mix = rng.normal(size=(inputs, inputs)) * rng.lognormal(size=inputs)
-    x = rng.normal(size=(rows or 4 * inputs, inputs)) @ mix / inputs**0.5
-    return x, rng.normal(size=(inputs, outputs)), x.T @ x * (2 / len(x))
 
 
 def slow_sparsegpt(

@@ -14,7 +14,6 @@ from tf_gptopt._startup import load_tensorflow
 from tf_gptopt.recipes.stage_command import DATASET, MODEL, existing
 
 BATCH_LOGITS = 2**25  # of one batch, whose logits are in memory three times
-CALIBRATION = 128  # examples
 
 
 def sensitivity_command(options: Options, argv: list[str]) -> int:
@@ -100,7 +99,7 @@ def _read_tokens(model: Any, paths: list[Path], tokens: int, looks: bool) -> tup
     a dataset's two splits, or texts from their beginning, and what follows in them."""
     import numpy as np
 
-    from tf_gptopt.compression.calibration import calibration_ids
+    from tf_gptopt.compression.calibration import EXAMPLES, calibration_ids
     from tf_gptopt.data.corpus import load_corpus
     from tf_gptopt.recipes.stage_parts import matching_dataset
 
@@ -114,7 +113,7 @@ def _read_tokens(model: Any, paths: list[Path], tokens: int, looks: bool) -> tup
     count = max(1, tokens // (length * size))
     if is_dataset:
         held_out = data.batches("valid", size, max_batches=count)
-        ids = calibration_ids(data, CALIBRATION) if looks else None
+        ids = calibration_ids(data) if looks else None
         return list(held_out.as_numpy_iterator()), ids
 
     if model.tokenizer is None:
@@ -134,7 +133,7 @@ def _read_tokens(model: Any, paths: list[Path], tokens: int, looks: bool) -> tup
             f"{'and others calibrate' if looks else 'of the context'}. Give more text."
         )
     batches = [held_out[i : i + size] for i in range(0, len(held_out), size)]
-    ids = calibration_ids(rest[:, :-1], CALIBRATION) if looks else None
+    ids = calibration_ids(rest[:, :-1], EXAMPLES) if looks else None
     return [(rows[:, :-1], rows[:, 1:]) for rows in batches], ids
 
 

@@ -2,8 +2,8 @@
 
 Three kinds of cache. A `"float32"` one holds the keys and values themselves. An `"int8"` one holds
 `round(x / scale)` and, for every head and token, `scale = max|x| / 127`; scores and weights are
-multiplied by the scales, so the products see integers. A `FIXED`
-one holds the static int8 output of the qkv product as it is.
+multiplied by the scales, so the products see integers. A `FIXED` one holds the static int8 output
+of the qkv product as it is.
 
 New tokens see each other through the same rounded keys and values that the cache keeps: reading
 a text at once and token by token is the same.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._files import atomic_path
-from tf_gptopt.compression.quantization.config import QuantConfig, split_weights
+from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.tflite.attention import FIXED
 from tf_gptopt.tflite.flatbuffer import Model
@@ -169,10 +169,9 @@ def build_tflite(
 
 def _plain_model(model: Any) -> GPTModel:
     """`model` without the wrappers of pruning and quantization-aware training."""
-    from tf_gptopt.models.gpt import require_gpt
+    from tf_gptopt.models.gpt import is_wrapped, require_gpt
 
-    require_gpt(model)
-    if not any(hasattr(layer, "layer") for layer in model.layers):
+    if not is_wrapped(require_gpt(model)):
         return model
     from tf_gptopt.compression.pruning.pruner import strip_pruning
     from tf_gptopt.compression.quantization.qat import is_quantization_aware, strip_quantization
@@ -213,8 +212,7 @@ def _check_size(quant: QuantConfig, weights: Mapping[str, np.ndarray]) -> None:
 
 def _needs_trial(quant: QuantConfig) -> bool:
     """Whether LiteRT runs this seldom enough that it may abort."""
-    kinds = {quant.weights, *(split_weights(weights)[0] for weights in quant.layers.values())}
-    return "int4" in kinds or quant.activations != "dynamic" or quant.kv_cache != "float32"
+    return "int4" in quant.kinds or quant.activations != "dynamic" or quant.kv_cache != "float32"
 
 
 def _describe_logits(weights: Weights) -> dict[str, Any]:

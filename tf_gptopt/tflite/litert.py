@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import ai_edge_litert
 import numpy as np
@@ -65,6 +66,11 @@ def aligned_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     raw = np.zeros(count + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + count].view(dtype).reshape(shape)
+
+
+def zeros_for(details: dict[str, Any]) -> np.ndarray:
+    """Such zeros for a tensor, as `CompiledModel` describes it."""
+    return aligned_zeros(tuple(details["shape"]), np.dtype(details["dtype"]))
 
 
 def host_buffer(array: np.ndarray) -> TensorBuffer:

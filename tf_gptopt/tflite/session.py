@@ -15,7 +15,7 @@ from ai_edge_litert.compiled_model import CompiledModel
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from tf_gptopt.models.config import GPTConfig
-from tf_gptopt.tflite.litert import aligned_zeros, host_buffer
+from tf_gptopt.tflite.litert import aligned_zeros, host_buffer, zeros_for
 from tf_gptopt.tflite.metadata import Bucket
 
 
@@ -193,11 +193,11 @@ class Session:
         names = self._names[signature]
         details = self._model.get_input_tensor_details(signature)
         fed = [name for name in names["inputs"] if name in ("tokens", "last", "position", "hidden")]
-        inputs = {name: _zeros(details[name]) for name in fed}
+        inputs = {name: zeros_for(details[name]) for name in fed}
         details = self._model.get_output_tensor_details(signature)
         key = tuple((name, *details[name]["shape"]) for name in names["outputs"])
         if key not in self._outputs:
-            arrays = {name: _zeros(details[name]) for name in names["outputs"]}
+            arrays = {name: zeros_for(details[name]) for name in names["outputs"]}
             self._outputs[key] = arrays, [host_buffer(array) for array in arrays.values()]
         call = _Call(
             self._model.get_signature_index(signature),
@@ -208,7 +208,3 @@ class Session:
         )
         self._calls[signature] = call
         return call
-
-
-def _zeros(details: dict[str, Any]) -> np.ndarray:
-    return aligned_zeros(tuple(details["shape"]), np.dtype(details["dtype"]))

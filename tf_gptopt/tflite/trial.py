@@ -11,12 +11,11 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tf_gptopt._errors import UserError
-from tf_gptopt.tflite.litert import aligned_zeros, host_buffer, load_litert
+from tf_gptopt.tflite.litert import host_buffer, load_litert, zeros_for
 
 COMMAND = ("-m", "tf_gptopt.tflite.trial")
 _BEGUN = "trying "  # what the child says before a signature
@@ -60,20 +59,15 @@ def run_all(path: Path) -> None:
     model = load_litert(path, 1, "trial")
     for signature, names in model.get_signature_list().items():
         print(f"{_BEGUN}{signature!r}", flush=True)
-        inputs = _arrays(names["inputs"], model.get_input_tensor_details(signature))
-        outputs = _arrays(names["outputs"], model.get_output_tensor_details(signature))
+        details = model.get_input_tensor_details(signature)
+        inputs = [zeros_for(details[name]) for name in names["inputs"]]
+        details = model.get_output_tensor_details(signature)
+        outputs = [zeros_for(details[name]) for name in names["outputs"]]
         buffers = [[host_buffer(array) for array in arrays] for arrays in (inputs, outputs)]
         model.run_by_index(model.get_signature_index(signature), *buffers)
         for name, array in zip(names["outputs"], outputs, strict=True):
             if not np.isfinite(array).all():
                 raise UserError(f"{name} is not finite")
-
-
-def _arrays(names: list[str], details: dict[str, Any]) -> list[np.ndarray]:
-    return [
-        aligned_zeros(tuple(details[name]["shape"]), np.dtype(details[name]["dtype"]))
-        for name in names
-    ]
 
 
 def _ending(code: int) -> str:

@@ -13,6 +13,7 @@ from tf_gptopt.compression.quantization.grids import Grid, activation_scale
 from tf_gptopt.compression.quantization.rounding import (
     POSITIONS,
     as_float16,
+    check_finite,
     layer_grid,
     round_positions,
     shared_peaks,
@@ -50,12 +51,7 @@ def store_weights(
         UserError: for weights that are NaN or infinite, that float16 cannot hold, or that a scheme
             with calibration never saw; and for ranges that are missing.
     """
-    for name, array in weights.items():
-        if not np.isfinite(array).all():
-            raise UserError(
-                f"Weight {name!r} holds NaN or infinity: the model has diverged. "
-                "Take an earlier checkpoint."
-            )
+    check_finite(weights)
     if not quant.smoothing:
         weights = fold_layer_norms(dict(weights))
     return _Writer(model, config, weights, quant, ranges or {}).write()

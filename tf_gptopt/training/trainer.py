@@ -23,7 +23,7 @@ import tensorflow as tf
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras, require_tf_keras
 from tf_gptopt.models.checkpoints import assign_weights
-from tf_gptopt.models.gpt import GPTModel, require_gpt
+from tf_gptopt.models.gpt import GPTModel, is_wrapped, require_gpt
 from tf_gptopt.training.callbacks import (
     Interruption,
     Progress,
@@ -194,8 +194,7 @@ def fit(
 
 def _fit_on_mesh(model: keras.Model, dataset: Batches, config: TrainConfig, *rest: Any) -> dict:
     """`fit` of a plain GPT that is divided among the devices of a mesh for the time of it."""
-    wrapped = any(hasattr(layer, "layer") for layer in model.layers)
-    if wrapped or not isinstance(model, GPTModel):
+    if not isinstance(model, GPTModel) or is_wrapped(model):
         raise UserError(
             "A mesh divides a plain GPTModel, and this one is wrapped for pruning, quantization or "
             "distillation. Leave mesh out, and give fit a model that was trained on the mesh."

@@ -10,13 +10,14 @@ import numpy as np
 
 from tf_gptopt._errors import UserError, suggest
 from tf_gptopt._keras import keras
+from tf_gptopt.compression.agreement import agree
 from tf_gptopt.compression.calibration import Progress, calibration_ids
 from tf_gptopt.compression.pruning.adaptive import AdaptiveState
 from tf_gptopt.compression.pruning.allocation import allocate
 from tf_gptopt.compression.pruning.config import CALIBRATED, PruneConfig
 from tf_gptopt.compression.pruning.copying import copy_layer, copy_model, masked_weights, unwrap
 from tf_gptopt.compression.pruning.schedules import AdaptiveSparsity, make_schedule
-from tf_gptopt.compression.pruning.scores import MEASURED, Measurement, agree
+from tf_gptopt.compression.pruning.scores import MEASURED, Measurement
 from tf_gptopt.compression.pruning.sparsegpt import solve
 from tf_gptopt.compression.pruning.wrapper import PruneLowMagnitude, wrappers
 from tf_gptopt.models.gpt import GPTModel, require_gpt

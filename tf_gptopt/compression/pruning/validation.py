@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tf_gptopt.compression.agreement import agree
 from tf_gptopt.compression.calibration import calibration_ids, check_ids
-from tf_gptopt.compression.pruning.scores import agree, batches_of, next_token_loss
+from tf_gptopt.compression.pruning.scores import batches_of, next_token_loss
 from tf_gptopt.models.gpt import GPTModel
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_gptopt.compression.quantization.fake_quantize import COMPILED_FROM
+from tf_gptopt.compression.quantization.fake_quantize import run_compiled
+from tf_gptopt.compression.quantization.grids import SMALLEST
 from tf_gptopt.models.fused import xla
 
 MOMENTUM = 0.99  # of ranges that follow training
-_SMALLEST = 1e-32  # a smaller scale is no range
 
 
 def fake_quantize_static(x: tf.Tensor, known: tf.Tensor, symmetric: bool) -> tf.Tensor:
@@ -30,8 +30,10 @@ def fake_quantize_static(x: tf.Tensor, known: tf.Tensor, symmetric: bool) -> tf.
 
     @tf.custom_gradient
     def on_grid(x: tf.Tensor) -> Any:
-        y = _run(_static, x, scale, zero_point, symmetric)
-        return y, lambda upstream: _run(_static_gradient, x, scale, zero_point, symmetric, upstream)
+        y = run_compiled(_static, x, scale, zero_point, symmetric)
+        return y, lambda upstream: run_compiled(
+            _static_gradient, x, scale, zero_point, symmetric, upstream
+        )
 
     return on_grid(x)
 
@@ -44,7 +46,7 @@ def activation_scale(known: tf.Tensor, symmetric: bool) -> tuple[tf.Tensor, tf.T
     scale = tf.cast(reach, tf.float32)
     zero_point = tf.round(-128 - low / tf.cast(scale, tf.float64))
     zero_point = tf.cast(tf.clip_by_value(zero_point, -128, 127), tf.float32)
-    none = scale < _SMALLEST
+    none = scale < SMALLEST
     middle = tf.logical_or(none, symmetric)
     return tf.where(none, 1.0, scale), tf.where(middle, 0.0, zero_point)
 
@@ -73,17 +75,9 @@ def fake_quantize_rows(x: tf.Tensor) -> tf.Tensor:
 
     @tf.custom_gradient
     def on_grid(x: tf.Tensor) -> Any:
-        return _run(_rows, x), lambda upstream: upstream
+        return run_compiled(_rows, x), lambda upstream: upstream
 
     return on_grid(x)
-
-
-def _run(function: Any, x: tf.Tensor, *args: Any) -> Any:
-    """Compiled into one loop where the shape is known, as in training, and large; else operation by
-    operation, because a loop is compiled anew for every shape."""
-    known = x.shape.is_fully_defined() and not tf.executing_eagerly()
-    pays = known and x.shape.num_elements() >= COMPILED_FROM
-    return (function if pays else function.python_function)(x, *args)
 
 
 @xla
@@ -106,5 +100,5 @@ def _static_gradient(
 def _rows(x: tf.Tensor) -> tf.Tensor:
     wide = tf.cast(x, tf.float32)
     scale = tf.reduce_max(tf.abs(wide), -1, keepdims=True) / 127.0
-    scale = tf.where(scale < _SMALLEST, 1.0, scale)
+    scale = tf.where(scale < SMALLEST, 1.0, scale)
     return tf.cast(tf.round(wide / scale) * scale, x.dtype)

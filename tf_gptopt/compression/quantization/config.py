@@ -135,7 +135,7 @@ class QuantConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        kinds = self._kinds
+        kinds = self.kinds
         if isinstance(self.granularity, int) and "int4" not in kinds:
             raise UserError(
                 "Blocks are for int4: LiteRT has no int8 weights with a scale per block. "
@@ -185,7 +185,7 @@ class QuantConfig:
     def name(self) -> str:
         """The scheme in a few words: `"int8 dynamic"`, `"int4 per 32 dynamic gptq"`."""
         words = ["mixed" if self.layers else self.weights]
-        if self._kinds & set(BITS):
+        if self.kinds & set(BITS):
             if self.granularity is not None or "int4" in words:
                 words.append(f"per {self._group(self.weights, self.granularity)}")
             words.append("weight-only" if self.activations == "float" else self.activations)
@@ -198,7 +198,8 @@ class QuantConfig:
         return " ".join(words)
 
     @property
-    def _kinds(self) -> set[str]:
+    def kinds(self) -> set[str]:
+        """All weights that layers may have, names from `WEIGHTS`."""
         return {self.weights, *(split_weights(w)[0] for w in self.layers.values())}
 
     def weights_of(self, layer: str) -> str:

@@ -20,15 +20,17 @@ import tensorflow as tf
 
 from tf_gptopt.compression.quantization.grids import (
     LIMITS,
+    SMALLEST,
+    SMALLEST_HALF,
     find_grid,
+    find_reach,
     find_scales,
     grouped_view,
-    round_scales,
 )
 from tf_gptopt.models.fused import xla
 
-_SMALLEST, _SMALLEST_HALF, _LARGEST_HALF = 1e-32, 2.0**-24, 65504.0  # as in grids.py
-COMPILED_FROM = 1 << 16  # weights
+_LARGEST_HALF = 65504.0
+COMPILED_FROM = 1 << 16  # numbers
 _LEAST_CLIP = 2.0**-30  # a learned scale stays positive
 
 
@@ -107,23 +109,25 @@ def fake_quantize(
 
     @tf.custom_gradient
     def on_grid(weights: tf.Tensor, clip: tf.Tensor) -> Any:
-        values, scales = _run(_forward, weights, bits, clip, reach, mask, layout)
+        values, scales = run_compiled(_forward, weights, bits, clip, reach, mask, layout)
 
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             learned = reach is not None
             upstream = tf.reshape(upstream, weights.shape)  # a look-up's has no static shape
-            return _run(_backward, weights, upstream, scales, bits, mask, layout, learned)
+            return run_compiled(_backward, weights, upstream, scales, bits, mask, layout, learned)
 
         return values, gradient
 
     return on_grid(tf.convert_to_tensor(weights), tf.convert_to_tensor(clip))
 
 
-def _run(function: Any, weights: tf.Tensor, *args: Any) -> Any:
-    """Compiled into one loop where that pays; operation by operation, with the same bits, for
-    weights outside of a graph and for few, which are done sooner than the loop is compiled."""
-    pays = not tf.executing_eagerly() and weights.shape.num_elements() >= COMPILED_FROM
-    return (function if pays else function.python_function)(weights, *args)
+def run_compiled(function: Any, x: tf.Tensor, *args: Any) -> Any:
+    """Compiled into one loop where that pays: in a graph, for a large `x` of known shape. Else
+    operation by operation, with the same bits: a loop is compiled anew for every shape, and few
+    numbers are done sooner than that."""
+    known = x.shape.is_fully_defined() and not tf.executing_eagerly()
+    pays = known and x.shape.num_elements() >= COMPILED_FROM
+    return (function if pays else function.python_function)(x, *args)
 
 
 @xla
@@ -192,12 +196,12 @@ def _grouped(x: tf.Tensor, mask: Any, layout: Layout) -> tf.Tensor:
 def _leading_bits(scales: tf.Tensor) -> tf.Tensor:
     kept = tf.bitwise.bitwise_and(tf.bitcast(scales, tf.int32), ~0x7F)
     kept = tf.bitcast(kept, tf.float32)
-    return tf.where(kept < _SMALLEST, 1.0, kept)
+    return tf.where(kept < SMALLEST, 1.0, kept)
 
 
 def _half(scales: tf.Tensor) -> tf.Tensor:
     half = tf.cast(tf.cast(tf.minimum(scales, _LARGEST_HALF), tf.float16), tf.float32)
-    return tf.where(half < _SMALLEST_HALF, 1.0, half)
+    return tf.where(half < SMALLEST_HALF, 1.0, half)
 
 
 # Where a range starts
@@ -228,26 +232,16 @@ def start_ranges(
     grouped, grid = grouped_view(matrix, group), find_grid(matrix, bits, group)
     if grid is not None:
         scales = grid.scales[:, :, None]
-    elif peak is not None:
-        scales = round_scales(np.full((1, 1, 1), peak / LIMITS[bits][1]), group)
     else:
-        scales = find_scales(grouped, bits, group, range, percentile)
+        scales = find_scales(grouped, bits, group, range, percentile, peak)
     # one in the middle of those that are stored as this one stays it, however clip is rounded
     scales = scales * np.float32(1 if isinstance(group, int) else 1 + 2.0**-18)
     widest = find_reach(grouped, bits)
-    clip = np.divide(scales, widest, out=np.ones_like(scales), where=widest >= _SMALLEST)
+    clip = np.divide(scales, widest, out=np.ones_like(scales), where=widest >= SMALLEST)
     if grid is None and peak is None and range == "minmax":
         clip, scales = np.ones_like(scales), widest
     shape = (len(matrix), layout.groups(weights.shape)[layout.block_axis])  # (rows, groups)
     return tuple(_in_view(x[:, :, 0], shape, layout) for x in (clip, scales))
-
-
-def find_reach(grouped: np.ndarray, bits: int) -> np.ndarray:
-    """The scales that the largest weights of groups need, not rounded."""
-    low, high = LIMITS[bits]
-    above = np.maximum(grouped.max(2, keepdims=True), 0.0) / np.float32(high)
-    below = np.maximum(-grouped.min(2, keepdims=True), 0.0) / np.float32(-low)
-    return np.maximum(above, below)
 
 
 def _in_view(values: np.ndarray, shape: tuple[int, int], layout: Layout) -> np.ndarray:

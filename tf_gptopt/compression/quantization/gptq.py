@@ -35,7 +35,6 @@ from tf_gptopt.compression.quantization.grids import (
     find_grid,
     find_scales,
     grouped_view,
-    round_scales,
 )
 from tf_gptopt.compression.quantization.rounding import (
     TABLE,
@@ -160,10 +159,7 @@ def solve_kernel(
     def scales_of(weights: np.ndarray) -> np.ndarray:
         """Of the groups that inputs `(size, outputs)` are, `(outputs,)`; or the one of all."""
         grouped = grouped_view(weights.T, group)
-        if peak is not None:
-            scales = round_scales(np.full((1, 1, 1), peak / LIMITS[bits][1]), group)
-        else:
-            scales = find_scales(grouped, bits, group, range, percentile)
+        scales = find_scales(grouped, bits, group, range, percentile, peak)
         return scales[:, 0, 0].astype(np.float64)
 
     shared = scales_of(kernel) if group in ("tensor", "global") else None

@@ -20,8 +20,8 @@ from tf_gptopt._errors import UserError
 
 LIMITS = {8: (-127, 127), 4: (-8, 7)}  # integers of a weight; -128 is not used
 _SCALE_BITS = ~np.uint32(0x7F)  # the 17 leading bits: times 127, exact in float32's 24
-_SMALLEST = np.float32(1e-32)  # a group that would need a smaller scale becomes zero, with scale 1
-_SMALLEST_HALF = np.float32(2.0**-24)  # float16's least number: scales of blocks are float16
+SMALLEST = np.float32(1e-32)  # a group that would need a smaller scale becomes zero, with scale 1
+SMALLEST_HALF = np.float32(2.0**-24)  # float16's least number: scales of blocks are float16
 _SHRINKS = np.linspace(1.0, 0.5, 21, dtype=np.float32)  # of the range, tried for the least error
 
 
@@ -78,10 +78,7 @@ def quantize_matrix(
         UserError: for weights that float16 scales cannot hold (blocks only).
     """
     grouped = grouped_view(matrix, group)
-    if peak is not None:
-        scales = round_scales(np.full((*grouped.shape[:2], 1), peak / LIMITS[bits][1]), group)
-    else:
-        scales = find_scales(grouped, bits, group, range, percentile)
+    scales = find_scales(grouped, bits, group, range, percentile, peak)
     return _as_grid(grouped, _rounded(grouped, scales, bits), scales, bits, matrix.shape)
 
 
@@ -142,15 +139,19 @@ def find_scales(
     group: str | int,
     range: str = "minmax",
     percentile: float = 99.9,
+    peak: float | None = None,
 ) -> np.ndarray:
-    """The scales of groups `(rows, groups, weights)`, float32 `(rows, groups, 1)`."""
-    low, high = LIMITS[bits]
+    """The scales of groups `(rows, groups, weights)`, float32 `(rows, groups, 1)`.
+
+    Args: as `quantize_matrix`.
+    """
+    high = LIMITS[bits][1]
+    if peak is not None:
+        return round_scales(np.full((*grouped.shape[:2], 1), peak / high), group)
     if range == "percentile":
         peaks = np.percentile(np.abs(grouped), percentile, axis=2, keepdims=True)
         return round_scales(peaks / high, group)
-    above = np.maximum(grouped.max(2, keepdims=True), 0.0) / np.float32(high)
-    below = np.maximum(-grouped.min(2, keepdims=True), 0.0) / np.float32(-low)
-    widest = np.maximum(above, below)
+    widest = find_reach(grouped, bits)
     if range == "minmax":
         return round_scales(widest, group)
     best, least = None, None
@@ -163,6 +164,14 @@ def find_scales(
             better = error < least
             best, least = np.where(better, scales, best), np.where(better, error, least)
     return best
+
+
+def find_reach(grouped: np.ndarray, bits: int) -> np.ndarray:
+    """The scales that the largest weights of groups need, not rounded, `(rows, groups, 1)`."""
+    low, high = LIMITS[bits]
+    above = np.maximum(grouped.max(2, keepdims=True), 0.0) / np.float32(high)
+    below = np.maximum(-grouped.min(2, keepdims=True), 0.0) / np.float32(-low)
+    return np.maximum(above, below)
 
 
 def round_scales(scales: np.ndarray, group: str | int) -> np.ndarray:
@@ -179,9 +188,9 @@ def round_scales(scales: np.ndarray, group: str | int) -> np.ndarray:
                 f"Weights up to {scales.max() * 8:.3g} are too large for blocks, whose scales are "
                 'float16. Take granularity="channel".'
             )
-        return np.where(half < _SMALLEST_HALF, np.float32(1), half)
+        return np.where(half < SMALLEST_HALF, np.float32(1), half)
     kept = (scales.view(np.uint32) & _SCALE_BITS).view(np.float32)
-    return np.where(kept < _SMALLEST, np.float32(1), kept)
+    return np.where(kept < SMALLEST, np.float32(1), kept)
 
 
 def activation_scale(low: float, high: float, symmetric: bool = False) -> tuple[float, int]:
@@ -205,7 +214,7 @@ def activation_scale(low: float, high: float, symmetric: bool = False) -> tuple[
         raise UserError(f"Activations need a range low <= high. Received: {low} to {high}.")
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     scale = np.float32(max(-low, high) / 127 if symmetric else (high - low) / 255)
-    if scale < _SMALLEST:
+    if scale < SMALLEST:
         return 1.0, 0
     zero_point = 0 if symmetric else round(-128 - low / float(scale))
     return float(scale), min(max(zero_point, -128), 127)

@@ -14,25 +14,28 @@ reach is observed on the result (`ranges.py`).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from tf_gptopt._errors import UserError
-from tf_gptopt._keras import keras
+from tf_gptopt.compression.agreement import agree
 from tf_gptopt.compression.calibration import Progress, calibration_ids, check_ids
-from tf_gptopt.compression.pruning.scores import agree
 from tf_gptopt.compression.quantization.config import QuantConfig
+from tf_gptopt.compression.quantization.copying import plain_copy
 from tf_gptopt.compression.quantization.gptq import quantize_blocks, quantize_table, solves_table
 from tf_gptopt.compression.quantization.ranges import Ranges, calibrate_ranges
-from tf_gptopt.compression.quantization.rounding import quantizable_layers, round_weights
+from tf_gptopt.compression.quantization.rounding import (
+    check_finite,
+    is_rounded,
+    quantizable_layers,
+    round_weights,
+)
 from tf_gptopt.compression.quantization.smoothing import smooth
 from tf_gptopt.models.checkpoints import assign_weights, named_weights
 from tf_gptopt.models.folding import fold_layer_norms
-from tf_gptopt.models.gpt import GPTModel, require_gpt, wrap_graph
+from tf_gptopt.models.gpt import GPTModel, require_gpt
 
 _PARTS = 1000  # progress counts each stage as so many, whatever it counts itself
 
@@ -70,7 +73,7 @@ def quantize(
     """
     config = QuantConfig() if config is None else config
     weights = named_weights(require_gpt(model))
-    _check_finite(weights)
+    check_finite(weights)
     config.layers_to_quantize(quantizable_layers(weights))
     ids = _calibration_for(model, config, calibration)
     ranges = None
@@ -78,7 +81,7 @@ def quantize(
         weights = round_weights(fold_layer_norms(weights), config)
     else:
         weights, ranges = _quantize_on_text(model, weights, config, ids, on_progress)
-    quantized = _plain_copy(model)
+    quantized = plain_copy(model)
     assign_weights(quantized, weights)
     quantized.activation_ranges = ranges
     return quantized
@@ -95,9 +98,9 @@ def _quantize_on_text(
     is_static = config.activations == "static"
     by_block = config.rounding == "gptq" or config.bias_correction
     # smoothed and rounded already: folding would take both back
-    is_done = config.smoothing > 0 and _is_on_grids(weights, config)
+    is_done = config.smoothing > 0 and is_rounded(weights, config)
     smooths = config.smoothing > 0 and not is_done
-    worker = _plain_copy(model, "float32")  # the file computes in float32
+    worker = plain_copy(model, "float32")  # the file computes in float32
     table = solves_table(worker, config)
     stages = _stages(on_progress, smooths + table + by_block + is_static)
     assign_weights(worker, weights if is_done else fold_layer_norms(weights))
@@ -132,20 +135,6 @@ def _calibration_for(model: GPTModel, config: QuantConfig, source: Any) -> np.nd
     return check_ids(model, calibration_ids(source)[:, : model.config.max_sequence_length])
 
 
-def _check_finite(weights: dict[str, np.ndarray]) -> None:
-    for name, array in weights.items():
-        if not np.isfinite(array).all():
-            raise UserError(
-                f"Weight {name!r} holds NaN or infinity: the model has diverged. "
-                "Take an earlier checkpoint."
-            )
-
-
-def _is_on_grids(weights: dict[str, np.ndarray], config: QuantConfig) -> bool:
-    rounded = round_weights(weights, config)
-    return all(np.array_equal(rounded[name], weights[name]) for name in weights)
-
-
 def _stages(on_progress: Progress | None, count: int) -> Any:
     """For each of `count` stages what it reports its progress to: their sum, to the caller."""
 
@@ -156,19 +145,3 @@ def _stages(on_progress: Progress | None, count: int) -> Any:
         return shown
 
     yield from (on_progress and report(stage) for stage in range(count))
-
-
-def _plain_copy(model: GPTModel, dtype: str | None = None) -> GPTModel:
-    """A plain model like this one, not compiled, in its own dtype policy or another, under the
-    caller's distribution strategy or else the model's."""
-
-    def copy(layer: keras.layers.Layer) -> keras.layers.Layer:
-        changes = {} if dtype is None else {"dtype": dtype}
-        return type(layer).from_config({**layer.get_config(), **changes})
-
-    inside = tf.distribute.has_strategy()
-    with contextlib.nullcontext() if inside else model.distribute_strategy.scope():
-        graph = keras.models.clone_model(model, clone_function=copy)
-        plain = wrap_graph(graph, model.config, name=model.name)
-    plain.tokenizer, plain.sampler = model.tokenizer, model.sampler
-    return plain

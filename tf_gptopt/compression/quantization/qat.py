@@ -37,9 +37,15 @@ from tf_gptopt.compression.quantization.aware_state import (
     set_ranges,
 )
 from tf_gptopt.compression.quantization.config import BITS, QuantConfig
+from tf_gptopt.compression.quantization.copying import (
+    copy_layer,
+    plain_copy,
+    rebuild,
+    scope_of,
+)
 from tf_gptopt.compression.quantization.rounding import (
+    is_rounded,
     quantizable_layers,
-    round_weights,
     shared_peaks,
 )
 from tf_gptopt.compression.quantization.smoothing import smooth
@@ -52,7 +58,7 @@ from tf_gptopt.compression.quantization.wrapping import (
 )
 from tf_gptopt.models.checkpoints import assign_weights, named_weights, weight_shapes
 from tf_gptopt.models.folding import fold_layer_norms
-from tf_gptopt.models.gpt import GPTModel, require_gpt, wrap_graph
+from tf_gptopt.models.gpt import GPTModel, require_gpt
 from tf_gptopt.models.layers import (
     CausalSelfAttention,
     PositionEmbedding,
@@ -72,9 +78,8 @@ def quantize_aware(
 
     Each block's LayerNorm is folded into the Dense behind it and frozen at gamma 1 and beta 0 (or
     where smoothing puts them), because the exported file folds it and scales have to fit the folded
-    kernel. Weights that are
-    exactly zero stay zero: a pruned model keeps its sparsity. Weights that lie on such a grid
-    already, as GPTQ leaves them, begin on that grid. Compile the result anew.
+    kernel. Weights that are exactly zero stay zero: a pruned model keeps its sparsity. Weights that
+    lie on such a grid already, as GPTQ leaves them, begin on that grid. Compile the result anew.
 
     Ranges of weights: min-max follows the largest weights. A percentile and the least squared error
     are found at the start, as fractions of the largest weights, which are then followed; a global
@@ -127,23 +132,23 @@ def quantize_aware(
         return LayerScheme(config) if is_quantized else None
 
     def annotate(layer: keras.layers.Layer) -> keras.layers.Layer:
-        copy, scheme = _copy_layer(layer, dtype="float32"), scheme_of(layer)
+        copy, scheme = copy_layer(layer, dtype="float32"), scheme_of(layer)
         return quantization.quantize_annotate_layer(copy, scheme) if scheme else copy
 
     def settle(layer: keras.layers.Layer) -> keras.layers.Layer:
         # our wrapper for tfmot's, and every layer in its own dtype again
-        copy = _copy_layer(model.base_layer(_base_name(layer)))
+        copy = copy_layer(model.base_layer(_base_name(layer)))
         if isinstance(copy, keras.layers.LayerNormalization) and copy.name != "final_norm":
             copy.trainable = False
         if not isinstance(layer, quantization.QuantizeWrapperV2):
             return copy
         return QuantizedLayer(copy, layer.quantize_config, name=layer.name)
 
-    with _scope_of(model):
+    with scope_of(model):
         with _float32_policy():  # tfmot's own wrappers fail under mixed precision
             annotated = keras.models.clone_model(model, clone_function=annotate)
             wrapped = quantization.quantize_apply(annotated, scheme=WhatIsAnnotated())
-        aware = _as_gpt(keras.models.clone_model(wrapped, clone_function=settle), model)
+        aware = rebuild(wrapped, model, settle)
     for name, variable in _named_variables(aware).items():
         if name.endswith("_mask"):
             variable.assign(weights[name.removesuffix("_mask")] != 0)
@@ -182,8 +187,8 @@ def strip_quantization(model: GPTModel) -> GPTModel:
 
 
 def _strip(model: GPTModel) -> GPTModel:
-    with _scope_of(model):
-        plain = _as_gpt(keras.models.clone_model(model, clone_function=_unwrap), model)
+    with scope_of(model):
+        plain = rebuild(model, model, _unwrap)
     trained = {name: variable.numpy() for name, variable in _named_variables(model).items()}
     weights = {name: trained[name] for name in weight_shapes(model.config)}
     if not first_config(model).smoothing:
@@ -206,8 +211,7 @@ def _smoothed(
     model: GPTModel, weights: dict[str, np.ndarray], config: QuantConfig, token_ids: Any
 ) -> dict[str, np.ndarray]:
     """SmoothQuant's weights of the folded model; its norms then have gammas of their own."""
-    rounded = round_weights(weights, config)
-    if all(np.array_equal(rounded[name], weights[name]) for name in weights):
+    if is_rounded(weights, config):
         return weights  # smoothed and rounded already: folding would take both back
     if token_ids is None:
         raise UserError(
@@ -215,11 +219,7 @@ def _smoothed(
             "quantize_aware(model, config, calibration=...), or take smoothing=0."
         )
 
-    def copy(layer: keras.layers.Layer) -> keras.layers.Layer:
-        return _copy_layer(layer, dtype="float32")
-
-    with _scope_of(model):
-        smoothed = _as_gpt(keras.models.clone_model(model, clone_function=copy), model)
+    smoothed = plain_copy(model, "float32")
     assign_weights(smoothed, fold_layer_norms(weights))
     smooth(smoothed, config, token_ids)
     return named_weights(smoothed)
@@ -241,13 +241,6 @@ def _names_to_quantize(weights: dict[str, np.ndarray], config: QuantConfig) -> s
     )
 
 
-def _scope_of(model: GPTModel) -> contextlib.AbstractContextManager:
-    """The caller's distribution strategy, or else the one that `model` was made under."""
-    if tf.distribute.has_strategy():
-        return contextlib.nullcontext()
-    return model.distribute_strategy.scope()
-
-
 @contextlib.contextmanager
 def _float32_policy() -> Iterator[None]:
     before = keras.mixed_precision.global_policy()
@@ -258,18 +251,8 @@ def _float32_policy() -> Iterator[None]:
         keras.mixed_precision.set_global_policy(before)
 
 
-def _as_gpt(functional: keras.Model, like: GPTModel) -> GPTModel:
-    model = wrap_graph(functional, like.config, name=like.name)
-    model.tokenizer, model.sampler = like.tokenizer, like.sampler
-    return model
-
-
-def _copy_layer(layer: keras.layers.Layer, **changes: Any) -> keras.layers.Layer:
-    return type(layer).from_config({**layer.get_config(), **changes})
-
-
 def _unwrap(layer: keras.layers.Layer) -> keras.layers.Layer:
-    copy = _copy_layer(getattr(layer, "layer", layer))
+    copy = copy_layer(getattr(layer, "layer", layer))
     if isinstance(copy, keras.layers.LayerNormalization):
         copy.trainable = True  # quantize_aware froze it
     return copy
