@@ -25,7 +25,7 @@ from tf_gptopt.data.corpus import load_corpus
 from tf_gptopt.data.dataset import TokenDataset
 from tf_gptopt.data.packing import write_dataset
 from tf_gptopt.data.tokenizer import train_tokenizer
-from tf_gptopt.evaluation.quality import Quality, measure_quality, token_kl
+from tf_gptopt.evaluation.quality import Quality, measure_quality, token_logits
 from tf_gptopt.evaluation.size import file_bytes
 from tf_gptopt.models.checkpoints import load_checkpoint, save_model
 from tf_gptopt.models.gpt import GPTModel
@@ -158,6 +158,12 @@ class Lab:
         return measure_quality(self.parent, self.scored())
 
     @cached_property
+    def reference_logits(self) -> list[np.ndarray]:
+        """The parent's, batch by batch: a gigabyte, which every row would compute anew."""
+        parent = self.parent
+        return [token_logits(parent, inputs) for inputs, _ in self.scored()]
+
+    @cached_property
     def calibration(self) -> np.ndarray:
         """Windows of the training split, `(calibration, length)` int32."""
         count, seed = self.scale.calibration, self.scale.seed
@@ -222,7 +228,7 @@ class Lab:
         export_tflite(model, file, config or QuantConfig(), tokenizer=self.tokenizer)
         size, packed = file_bytes(file)
         subject = model if config is None else TFLiteGPT(file)
-        quality = measure_quality(subject, self.scored())
+        quality = measure_quality(subject, self.scored(), self.reference_logits)
         return {
             "parameters": parameters,
             "nonzero": nonzero,
@@ -232,7 +238,7 @@ class Lab:
             "perplexity": round(quality.perplexity, 3),
             "change": round(quality.perplexity / self.reference.perplexity - 1, 5),
             "agreement": round(quality.agreement(self.reference), 5),
-            "kl": round(token_kl(subject, self.parent, self.scored()), 5),
+            "kl": round(quality.kl, 5),
         }
 
     def finished(self, name: str, settings: dict[str, Any]) -> Any:

@@ -208,7 +208,7 @@ def sample_ids(model: GPTModel, start: int, examples: int, length: int, seed: in
 
 
 def test_gptq_is_nearer_to_a_real_model(shared_data: Path) -> None:
-    from tf_gptopt.evaluation.quality import token_kl
+    from tf_gptopt.evaluation.quality import measure_quality
     from tf_gptopt.models.checkpoints import load_checkpoint
 
     model = load_checkpoint(shared_data / "gpt" / "chemts_gpt2_0.5m")
@@ -217,7 +217,7 @@ def test_gptq_is_nearer_to_a_real_model(shared_data: Path) -> None:
 
     def distance(**options: Any) -> float:
         config = QuantConfig("int4", range="mse", **options)
-        return token_kl(quantize(model, config, calibration), model, batches)
+        return measure_quality(quantize(model, config, calibration), batches, model).kl
 
     rounded, solved = distance(), distance(rounding="gptq")
     assert solved < 0.7 * rounded

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tf_gptopt._errors import UserError
-from tf_gptopt.evaluation.quality import Quality, measure_quality, token_kl
+from tf_gptopt.evaluation.quality import Quality, measure_quality, token_logits
 from tf_gptopt.evaluation.size import file_bytes
 
 
@@ -72,13 +72,16 @@ def test_distance_from_a_reference(batches, tmp_path):
     p, q = log_probabilities(model), log_probabilities(other)
     expected = np.mean(np.sum(np.exp(p) * (p - q), -1))
     assert expected > 0.1
-    assert token_kl(other, model, batches) == pytest.approx(expected, rel=1e-4)
-    assert token_kl(model, model, batches) == pytest.approx(0, abs=1e-6)
+    assert measure_quality(other, batches, model).kl == pytest.approx(expected, rel=1e-4)
+    assert measure_quality(model, batches, model).kl == pytest.approx(0, abs=1e-6)
+    known = [token_logits(model, inputs) for inputs, _ in batches]
+    assert measure_quality(other, batches, known).kl == pytest.approx(expected, rel=1e-4)
+    assert measure_quality(other, batches).kl is None
     export_tflite(other, tmp_path / "m.tflite", QuantConfig("float32"))
     file = TFLiteGPT(tmp_path / "m.tflite")
-    assert token_kl(file, model, batches) == pytest.approx(expected, rel=1e-3)
+    assert measure_quality(file, batches, model).kl == pytest.approx(expected, rel=1e-3)
     with pytest.raises(UserError, match="nothing to evaluate"):
-        token_kl(model, model, [])
+        measure_quality(model, [], model)
 
 
 def test_agreement():

@@ -17,7 +17,7 @@ from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.compression.quantization.mixed import matrix_bytes
 from tf_gptopt.compression.quantization.ptq import quantize
 from tf_gptopt.evaluation import sensitivity
-from tf_gptopt.evaluation.quality import measure_quality, token_kl
+from tf_gptopt.evaluation.quality import measure_quality
 from tf_gptopt.evaluation.sensitivity import measure_sensitivity
 from tf_gptopt.evaluation.sensitivity_table import (
     Sensitivity,
@@ -68,7 +68,7 @@ def test_rows_are_what_the_changed_models_measure(small, batches):
         quality, row = measure_quality(changed, batches), rows[layer, option]
         assert row.loss == pytest.approx(quality.loss, rel=1e-5)
         assert row.loss != pytest.approx(table.loss, abs=1e-5)
-        assert row.kl == pytest.approx(token_kl(changed, small, batches), rel=1e-3)
+        assert row.kl == pytest.approx(measure_quality(changed, batches, small).kl, rel=1e-3)
         assert row.agreement == pytest.approx(quality.agreement(float_quality))
     assert rows["token_embedding", "int4"].bytes == matrix_bytes(61, 32, "int4", 32)
     assert rows["token_logits", "int8"].bytes == matrix_bytes(61, 32, "int8", "channel")
@@ -152,7 +152,7 @@ def test_the_scheme_of_the_options(small, batches):
     assert row.layer == "token_embedding"
     assert row.bytes == matrix_bytes(61, 32, "int4", "tensor")
     changed = quantize(small, config)
-    assert row.kl == pytest.approx(token_kl(changed, small, batches), rel=1e-3)
+    assert row.kl == pytest.approx(measure_quality(changed, batches, small).kl, rel=1e-3)
 
 
 def test_a_mixed_scheme_from_a_table(small, batches):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from tf_gptopt.models.gpt import GPTModel, require_gpt
 from tf_gptopt.tflite.runtime import TFLiteGPT
 
 Batch = tuple[np.ndarray, np.ndarray]  # inputs and labels, both (batch, time) int32
-Score = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Piece = tuple[slice, Any]  # which rows of a batch, and their logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +26,14 @@ class Quality:
         loss: mean cross-entropy, nats per token.
         tokens: how many tokens were predicted.
         top1: the most likely next token at every position, in order, int32 `(tokens,)`.
+        kl: mean KL(reference || model) of the next token's distribution, nats, where there was a
+            reference.
     """
 
     loss: float
     tokens: int
     top1: np.ndarray
+    kl: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -47,79 +50,74 @@ class Quality:
         return float(np.mean(self.top1 == reference.top1))
 
 
-def measure_quality(model: GPTModel | TFLiteGPT, batches: Iterable[Batch]) -> Quality:
+def measure_quality(
+    model: GPTModel | TFLiteGPT,
+    batches: Iterable[Batch],
+    reference: GPTModel | TFLiteGPT | Iterable[np.ndarray] | None = None,
+) -> Quality:
     """Score a Keras model or a .tflite file on batches of `(inputs, labels)`, (batch, time) int32.
 
-    The loss is computed from float32 logits.
+    The losses are computed from float32 logits.
+
+    Args:
+        reference: a model whose distribution of the next token is compared with (`Quality.kl`), or
+            its logits, `(batch, time, vocab_size)` for each batch.
+
+    Raises:
+        UserError: when there is no batch.
     """
-    score = _tflite_score(model) if isinstance(model, TFLiteGPT) else _keras_score(model)
-    total, tokens, top1 = 0.0, 0, []
+    forward, theirs = _logits_of(model), _reference_logits(reference)
+    total, divergence, top1 = 0.0, 0.0, []
     for inputs, labels in batches:
-        losses, predictions = score(np.asarray(inputs), np.asarray(labels))
-        total += float(np.sum(losses, dtype=np.float64))
-        tokens += losses.size
-        top1.append(predictions.ravel().astype(np.int32))
-    if not tokens:
+        expected = theirs(inputs)
+        for rows, logits in forward(inputs):
+            rest = () if expected is None else (expected[rows],)
+            sums, predictions = _judge(tf.constant(labels[rows], tf.int32), logits, *rest)
+            total += float(sums[0])
+            divergence += float(sums[-1])
+            top1.append(predictions.numpy().ravel())
+    if not top1:
         raise UserError("There is nothing to evaluate on: the validation split gave no batch.")
-    return Quality(total / tokens, tokens, np.concatenate(top1))
+    predictions = np.concatenate(top1)
+    tokens = len(predictions)
+    kl = None if reference is None else divergence / tokens
+    return Quality(total / tokens, tokens, predictions, kl)
 
 
-def token_kl(
-    model: GPTModel | TFLiteGPT, reference: GPTModel | TFLiteGPT, batches: Iterable[Batch]
-) -> float:
-    """Mean KL(reference || model) of the next token's distribution, in nats, over all positions."""
-    ours, theirs = _logits_of(model), _logits_of(reference)
-    total, tokens = 0.0, 0
-    for inputs, _ in batches:
-        kl = _kl(theirs(np.asarray(inputs)), ours(np.asarray(inputs))).numpy()
-        total += float(np.sum(kl, dtype=np.float64))
-        tokens += kl.size
-    if not tokens:
-        raise UserError("There is nothing to evaluate on: the validation split gave no batch.")
-    return total / tokens
+def token_logits(model: GPTModel | TFLiteGPT, inputs: np.ndarray) -> np.ndarray:
+    """The logits of a batch of ids `(batch, time)`: `(batch, time, vocab_size)` float32."""
+    return np.concatenate([logits for _, logits in _logits_of(model)(inputs)])
 
 
-def _logits_of(model: GPTModel | TFLiteGPT) -> Callable[[np.ndarray], Any]:
-    """Ids -> logits, both of a batch."""
+def _logits_of(model: GPTModel | TFLiteGPT) -> Callable[[np.ndarray], Iterator[Piece]]:
+    """Ids -> logits: of a whole batch, or of a sequence at a time, as a file reads them."""
     if isinstance(model, TFLiteGPT):
-        return lambda inputs: np.stack([model.logits(ids) for ids in inputs])
-    forward = tf.function(lambda ids: require_gpt(model)(ids, training=False))
-    return lambda inputs: forward(tf.constant(inputs, tf.int32))
+        return lambda inputs: (
+            (slice(row, row + 1), model.logits(ids)[None]) for row, ids in enumerate(inputs)
+        )
+    require_gpt(model)
+    predict = tf.function(lambda ids: tf.cast(model(ids, training=False), tf.float32))
+    return lambda inputs: iter([(slice(None), predict(tf.constant(inputs, tf.int32)))])
+
+
+def _reference_logits(reference: Any) -> Callable[[np.ndarray], np.ndarray | None]:
+    if reference is None:
+        return lambda inputs: None
+    if hasattr(reference, "config"):
+        return lambda inputs: token_logits(reference, inputs)
+    known = iter(reference)
+    return lambda inputs: next(known)
 
 
 @tf.function(reduce_retracing=True)
-def _kl(reference: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    log_p = tf.nn.log_softmax(tf.cast(reference, tf.float32))
-    log_q = tf.nn.log_softmax(tf.cast(logits, tf.float32))
-    return tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), -1)  # (batch, time)
-
-
-def _keras_score(model: Any) -> Score:
-    require_gpt(model)
-
-    @tf.function(reduce_retracing=True)
-    def step(inputs: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        logits = tf.cast(model(inputs, training=False), tf.float32)  # (batch, time, vocab)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        return losses, tf.argmax(logits, -1, output_type=tf.int32)
-
-    def score(inputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        losses, top1 = step(tf.constant(inputs, tf.int32), tf.constant(labels, tf.int32))
-        return losses.numpy(), top1.numpy()
-
-    return score
-
-
-def _tflite_score(runtime: TFLiteGPT) -> Score:
-    def score(inputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        losses = np.empty(labels.shape, np.float32)
-        top1 = np.empty(labels.shape, np.int32)
-        for row, (ids, targets) in enumerate(zip(inputs, labels, strict=True)):
-            logits = runtime.logits(ids)  # (time, vocab)
-            peak = logits.max(-1, keepdims=True)
-            log_sum = np.log(np.exp(logits - peak).sum(-1)) + peak[:, 0]
-            losses[row] = log_sum - np.take_along_axis(logits, targets[:, None], 1)[:, 0]
-            top1[row] = logits.argmax(-1)
-        return losses, top1
-
-    return score
+def _judge(
+    labels: tf.Tensor, logits: tf.Tensor, reference: tf.Tensor | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sums of the losses and of the divergences, float64 `(2,)`; the likeliest tokens."""
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    sums = [tf.reduce_sum(tf.cast(losses, tf.float64)), tf.zeros((), tf.float64)]
+    if reference is not None:
+        log_p, log_q = tf.nn.log_softmax(reference), tf.nn.log_softmax(logits)
+        kl = tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), -1)  # (batch, time)
+        sums[1] = tf.reduce_sum(tf.cast(kl, tf.float64))
+    return tf.stack(sums), tf.argmax(logits, -1, output_type=tf.int32)
