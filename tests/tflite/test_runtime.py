@@ -56,7 +56,7 @@ def test_an_int8_cache_takes_a_quarter_and_its_scales(exported):
     for cache in ("float32", "int8"):
         _, runtime = exported(QuantConfig(kv_cache=cache))
         runtime.prefill(some_ids(20))
-        sizes[cache] = runtime._session.cache.nbytes
+        sizes[cache] = runtime._cache.nbytes
     rows = 2 * 2 * 3 * 32  # of keys and of values, in two blocks of three heads
     assert sizes == {"float32": rows * 8 * 4, "int8": rows * (8 + 4)}
 
@@ -72,7 +72,7 @@ def test_integers_in_and_out_mean_the_same_numbers(exported, tiny_model):
     assert files["int8"].generate(ids[:5], 20) == files["float32"].generate(ids[:5], 20)
     cache, logits = (files["int8"].metadata[part] for part in ("cache", "logits"))
     assert (cache["dtype"], cache["scales"], logits["dtype"]) == ("int8", False, "int8")
-    assert files["int8"]._session.cache.nbytes * 4 == files["float32"]._session.cache.nbytes
+    assert files["int8"]._cache.nbytes * 4 == files["float32"]._cache.nbytes
     steps = files["int8"].decode(3) / logits["scale"] + logits["zero_point"]
     np.testing.assert_allclose(steps, np.rint(steps), atol=1e-3)
 
@@ -330,7 +330,7 @@ def test_another_tokenizer_is_refused(speaking, tmp_path):
     larger = train_tokenizer([Path(__file__).read_text()], 400)
     speaking.metadata["tokenizer"] = None  # as of a file that was exported without one
     with pytest.raises(UserError, match="only 300"):
-        speaking._check_tokenizer(larger)
+        speaking._vocabulary._check(larger)
 
 
 # Files

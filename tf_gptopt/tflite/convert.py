@@ -23,7 +23,13 @@ from tf_gptopt.tflite.attention import FIXED
 from tf_gptopt.tflite.flatbuffer import Model
 from tf_gptopt.tflite.layers import Weights
 from tf_gptopt.tflite.metadata import add_metadata, seal
-from tf_gptopt.tflite.signatures import LOGITS_ROWS, add_logits, add_step, plan_buckets
+from tf_gptopt.tflite.signatures import (
+    LOGITS_ROWS,
+    add_logits,
+    add_step,
+    plan_buckets,
+    plan_verifies,
+)
 from tf_gptopt.tflite.trial import try_file
 from tf_gptopt.tflite.weights import Ranges, store_weights
 
@@ -67,6 +73,7 @@ def export_tflite(
     calibration: Any = None,
     prefill_lengths: Sequence[int] | None = None,
     decode_capacities: Sequence[int] | None = None,
+    verify_lengths: Sequence[int] | None = None,
 ) -> ExportInfo:
     """Write `model` to a .tflite file that decodes with a KV cache, and its tokenizer beside it.
 
@@ -84,8 +91,9 @@ def export_tflite(
             fingerprint into the file.
         calibration: text for a scheme that looks at some, as `quantize` takes it. Not needed for a
             model that `quantize` or training with static activations has been through.
-        prefill_lengths, decode_capacities: see `signatures.plan_buckets`. Each costs some 5 kB a
-            block; a file for one length alone is smaller by a few percent.
+        prefill_lengths, decode_capacities, verify_lengths: see `signatures.plan_buckets` and
+            `plan_verifies`. Each signature costs some 5 kB a block; a file for one length alone is
+            smaller by a few percent.
 
     Raises:
         UserError: for something that is no GPTModel, weights that are not finite, a tokenizer with
@@ -112,6 +120,7 @@ def export_tflite(
         ranges=plain.activation_ranges,
         prefill_lengths=prefill_lengths,
         decode_capacities=decode_capacities,
+        verify_lengths=verify_lengths,
     )
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
@@ -131,6 +140,7 @@ def build_tflite(
     ranges: Ranges | None = None,
     prefill_lengths: Sequence[int] | None = None,
     decode_capacities: Sequence[int] | None = None,
+    verify_lengths: Sequence[int] | None = None,
 ) -> tuple[bytearray, ExportInfo]:
     """The file's bytes, from named weights alone: no TensorFlow takes part, and nothing is tried.
 
@@ -141,11 +151,12 @@ def build_tflite(
     quant.layers_to_quantize(names)  # a pattern that matches nothing is an error
     context = config.max_sequence_length
     buckets = plan_buckets(context, prefill_lengths, decode_capacities)
+    verifies = plan_verifies(context, buckets, verify_lengths)
     _check_size(quant, weights)
 
     file = Model(description="GPT with a KV cache, written by tf_gptopt")
     shared = store_weights(file, config, weights, quant, ranges)
-    for bucket in buckets:
+    for bucket in (*buckets, *verifies):
         add_step(file, shared, bucket)
     logits_rows = min(LOGITS_ROWS, context)
     logits = add_logits(file, shared, logits_rows)
@@ -156,6 +167,7 @@ def build_tflite(
             "quantization": quant.to_dict(),
             "parameters": parameters,
             "buckets": [dataclasses.asdict(bucket) for bucket in buckets],
+            "verify": [dataclasses.asdict(bucket) for bucket in verifies],
             "logits": {"signature": logits, "rows": logits_rows, **_describe_logits(shared)},
             "cache": _describe_cache(shared),
             "tokenizer": _describe(tokenizer),
@@ -163,7 +175,7 @@ def build_tflite(
     )
     data = file.to_bytes()
     seal(data)
-    names = (*(bucket.signature for bucket in buckets), logits)
+    names = (*(bucket.signature for bucket in (*buckets, *verifies)), logits)
     return data, ExportInfo("", len(data), parameters, quant.name, names)
 
 

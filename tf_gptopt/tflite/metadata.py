@@ -29,7 +29,8 @@ _DIGEST_BYTES = 32
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """A prefill or decode signature: `tokens` at once, over `capacity` rows of cache (or none)."""
+    """A prefill, decode or verify signature: `tokens` at once, over `capacity` rows of cache (or
+    none)."""
 
     signature: str
     tokens: int
@@ -38,6 +39,10 @@ class Bucket:
     @property
     def is_decode(self) -> bool:
         return self.signature.startswith("decode")
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.signature.startswith("prefill")
 
 
 def add_metadata(model: Model, values: dict[str, Any]) -> None:

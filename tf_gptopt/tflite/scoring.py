@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from tf_gptopt.tflite.session import Session
+from tf_gptopt.tflite.cache import KVCache
+from tf_gptopt.tflite.program import Program
 
 _AT_ONCE = 128  # tokens, whose logits are 26 MB in GPT-2's vocabulary
 
@@ -30,16 +31,16 @@ class Score:
         return float(self.log_probs.sum(dtype=np.float64))
 
 
-def score_tokens(session: Session, before: np.ndarray, ids: np.ndarray) -> Score:
+def score_tokens(program: Program, cache: KVCache, before: np.ndarray, ids: np.ndarray) -> Score:
     """Score `ids` `(time,)` after `before` and what is in the cache; the last one is not read.
 
     Both hold at least one int32 id of the vocabulary and fit the context: callers check.
     """
     log_probs = np.empty(len(ids), np.float32)
-    log_probs[:1] = _log_probs(session.read(before)[None], ids[:1])
+    log_probs[:1] = _log_probs(program.read(cache, before)[None], ids[:1])
     for start in range(1, len(ids), _AT_ONCE):
         targets = ids[start : start + _AT_ONCE]
-        logits = session.read_all(ids[start - 1 : start - 1 + len(targets)])
+        logits = program.read_all(cache, ids[start - 1 : start - 1 + len(targets)])
         log_probs[start : start + len(targets)] = _log_probs(logits, targets)
     return Score(ids, log_probs)
 

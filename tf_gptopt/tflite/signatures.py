@@ -1,6 +1,7 @@
-"""The functions in the file: `prefill_{n}`, `prefill_{n}_{c}`, `decode_{c}` and `logits_{n}`.
+"""The functions in the file: `prefill_{n}`, `prefill_{n}_{c}`, `decode_{c}`, `verify_{n}_{c}` and
+`logits_{n}`.
 
-The first four are one forward pass in different static shapes: n tokens come in, and c is the
+All but the last are one forward pass in different static shapes: n tokens come in, and c is the
 capacity of the KV cache that they look back at. XNNPACK copies the whole cache on every call, so a
 token costs what the capacity is and not what is filled: hence several capacities, of which the
 runtime takes the smallest that holds the tokens so far.
@@ -10,6 +11,8 @@ runtime takes the smallest that holds the tokens so far.
 - `prefill_{n}_{c}` reads more: also `position` (1,) int32 and a cache.
 - `decode_{c}` reads one: `tokens` (1,), `position` (1,) and a cache. It returns `logits` and the
   new keys and values. `decode` is the one whose cache holds the whole context.
+- `verify_{n}_{c}` is a decode of n tokens, with the `logits` (n, vocab_size) of all: a draft is
+  read as one token is, and shows where it leaves the way.
 - `logits_{n}` turns `hidden`, (n * width,) flat, into the `logits` (n, vocab_size) of all tokens.
 
 The cache is two inputs per block, `k_{i}` and `v_{i}`: flat float32 in the layout (num_heads,
@@ -82,13 +85,33 @@ def plan_buckets(
     return buckets + [Bucket(names[c], 1, c) for c in capacities]
 
 
+def plan_verifies(
+    context: int, buckets: Sequence[Bucket], verify_lengths: Sequence[int] | None = None
+) -> list[Bucket]:
+    """The verify signatures beside these prefill and decode signatures.
+
+    Args:
+        verify_lengths: tokens that are verified at once; default 4 and 8. With none, `()`, drafts
+            are read by the prefill signatures.
+
+    Raises:
+        UserError: for lengths that are no integers from 1 to the context.
+    """
+    if verify_lengths is None:
+        verify_lengths = [n for n in (4, 8) if n <= context]
+    lengths = _checked("verify_lengths", verify_lengths, context) if verify_lengths else []
+    capacities = {b.capacity for b in buckets if b.is_decode}
+    doubled = sorted(c for c in capacities if c & (c - 1) == 0 or c == context)
+    return [Bucket(f"verify_{n}_{c}", n, c) for n in lengths for c in doubled]
+
+
 def add_step(model: Model, weights: Weights, bucket: Bucket) -> None:
-    """Add a prefill or decode signature to `model`."""
+    """Add a prefill, decode or verify signature to `model`."""
     config, n, capacity = weights.config, bucket.tokens, bucket.capacity
     epsilon = config.layer_norm_epsilon
     g = model.graph(bucket.signature)
     tokens = g.input("tokens", [n], np.int32)
-    last = None if bucket.is_decode else g.input("last", [1], np.int32)
+    last = g.input("last", [1], np.int32) if bucket.is_prefill else None
     position = g.input("position", [1], np.int32) if capacity else None
     masks = attention.masks(g, n, capacity, position)
 
