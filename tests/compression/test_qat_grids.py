@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -43,6 +43,13 @@ def grid_of(values: Any, bits: int, layout: Layout) -> Grid:
 numbers = st.floats(-(2.0**12), 2.0**12, width=32) | st.floats(-1, 1, width=32) | st.just(0.0)
 
 
+@example(  # a percentile that leaves nothing of the largest weight
+    weights=np.float32([[1.0, 1.2e-23, 0, 0, 0, 0, 0, 0]]),
+    scheme=(8, "tensor"),
+    ranges=("percentile", 80.0, None),
+    axis=0,
+    learned=False,
+)
 @settings(max_examples=120, deadline=None)
 @given(
     # rows of 64 that repeat a few numbers: hypothesis shrinks those far faster

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gptopt.compression.quantization.grids import (
+    LEAST_CLIP,
     LIMITS,
     SMALLEST,
     SMALLEST_HALF,
@@ -31,7 +32,6 @@ from tf_gptopt.models.fused import xla
 
 _LARGEST_HALF = 65504.0
 COMPILED_FROM = 1 << 16  # numbers
-_LEAST_CLIP = 2.0**-30  # a learned scale stays positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _forward(
         )
     else:
         reach = tf.reshape(reach, groups)
-    scales = reach * tf.maximum(tf.reshape(clip, groups), _LEAST_CLIP)
+    scales = reach * tf.maximum(tf.reshape(clip, groups), LEAST_CLIP)
     kept = _leading_bits(scales)
     if layout.is_block:
         widest = _leading_bits(tf.reduce_max(scales, layout.block_axis, keepdims=True))

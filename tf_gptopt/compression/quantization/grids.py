@@ -21,6 +21,7 @@ from tf_gptopt._errors import UserError
 LIMITS = {8: (-127, 127), 4: (-8, 7)}  # integers of a weight; -128 is not used
 _SCALE_BITS = ~np.uint32(0x7F)  # the 17 leading bits: times 127, exact in float32's 24
 SMALLEST = np.float32(1e-32)  # a group that would need a smaller scale becomes zero, with scale 1
+LEAST_CLIP = np.float32(2.0**-30)  # of what the largest weight needs: a range reaches that far
 SMALLEST_HALF = np.float32(2.0**-24)  # float16's least number: scales of blocks are float16
 _SHRINKS = np.linspace(1.0, 0.5, 21, dtype=np.float32)  # of the range, tried for the least error
 
@@ -150,7 +151,8 @@ def find_scales(
         return round_scales(np.full((*grouped.shape[:2], 1), peak / high), group)
     if range == "percentile":
         peaks = np.percentile(np.abs(grouped), percentile, axis=2, keepdims=True)
-        return round_scales(peaks / high, group)
+        least = find_reach(grouped, bits) * LEAST_CLIP
+        return round_scales(np.maximum(peaks / high, least), group)
     widest = find_reach(grouped, bits)
     if range == "minmax":
         return round_scales(widest, group)
