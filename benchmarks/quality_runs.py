@@ -34,7 +34,7 @@ from tf_gptopt.tflite.runtime import TFLiteGPT
 
 SCORES = ("random", "magnitude", "gradient", "taylor", "wanda", "sparsegpt")
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
-TUNE_RATE, DISTILL_RATE, QAT_RATE = 5e-4, 1e-3, 2e-4
+TUNE_RATE, DISTILL_RATE, QAT_RATE = 1.5e-4, 1e-3, 1e-4
 THIRD = 0.67  # of the parameters stay
 ROUNDS = 2
 STUDENT_SEEDS = (0, 1, 2)
@@ -101,11 +101,11 @@ def pruned(lab: Lab, folder: Path, **config: Any) -> GPTModel:
 
 
 def pruned_and_tuned(lab: Lab, folder: Path, **config: Any) -> GPTModel:
-    """Along the cubic schedule over two thirds of the training; SparseGPT, which moves weights when
+    """Along the cubic schedule over a third of the training; SparseGPT, which moves weights when
     it removes others, at its beginning."""
     schedule = "constant" if config.get("score") == "sparsegpt" else "cubic"
     steps, seed = lab.scale.tune_steps, lab.scale.seed
-    end = steps * 2 // 3
+    end = steps // 3
     config = PruneConfig(schedule=schedule, end_step=end, frequency=5, seed=seed, **config)
     sparse = prune(lab.parent, config, lab.calibration)
     lab.fit(sparse, steps, TUNE_RATE, folder, pruning_callbacks(sparse))
@@ -190,7 +190,7 @@ def small(lab: Lab, folder: Path) -> tuple[GPTModel, QuantConfig]:
     parent, steps, config = lab.parent, lab.scale.tune_steps, QuantConfig()
     student = shrink(parent, layers=parent.config.num_layers // 2)
     student = _taught(lab, student, parent, folder / "half", 2 * steps)
-    pruning = PruneConfig(schedule="cubic", end_step=steps * 2 // 3, frequency=5)
+    pruning = PruneConfig(schedule="cubic", end_step=steps // 3, frequency=5)
     sparse = prune(student, pruning)
     teaching = Distiller(sparse, parent)
     lab.fit(teaching, steps, TUNE_RATE, folder / "sparse", pruning_callbacks(sparse))
