@@ -1,28 +1,20 @@
-"""int8 decoding on the CPU against llama.cpp Q8_0: the same random weights, in turn, in one run.
+"""Decoding on the CPU: ours against llama.cpp and CTranslate2, the same random weights, in turn.
 
     pip install '.[bench]'
-    python benchmarks/decode.py [--threads 2] [--rounds 9] [--positions 512 1000]
+    python benchmarks/decode.py                     # GPT-2 124M, a context of 1,024, 2 threads
+    python benchmarks/decode.py --threads 1
+    python benchmarks/decode.py --preset gpt2-medium
+    python benchmarks/decode.py --cache             # keeps the weights packed on disk (TFLiteGPT)
 
-The model has GPT-2's 124 M shape and a context of 1,024. Each engine lives in a process of its own
-and they work in turn, so that other work on the machine hits both; what counts is the median of the
-rounds' ratios. Tokens are chosen greedily, and the choice is part of the time. Before anything is
-timed, both engines' logits for the same prompt are compared: they run the same model.
+Each engine lives in a process of its own and they work in turn, so that other work on the machine
+hits all; what counts is the median of the rounds' ratios. Tokens are chosen greedily, which is part
+of the time. Before anything is timed, the logits for the same prompt are compared: the
+engines run the same model. Beside them stand the file's size, the share of what the memory's
+bandwidth allows, the time from nothing to a first token, and the memory that this takes.
 
-What was learned on the way, for whoever wants more (AVX-512 VNNI, 124 M parameters, one thread):
-
-- The weights are the cost: reading 124 MB takes 8 of a token's 9 ms at positions below 64. All
-  element-wise operations of twelve blocks together (LayerNorm, GELU, additions) take 0.01 ms.
-- XNNPACK packs a product's right-hand operand on every call where it is no constant. For the cache
-  that costs 0.8 ms a token at capacity 128 and 17 at 1,024: hence signatures for many capacities.
-  Done for 512 kB of heads at a time the copies stay in the second-level cache (17 -> 12 ms at
-  1,024). Keys stored transposed pack 3% faster; the cache as left operand needs no packing and is
-  no faster; a float16 cache takes 30% less, but is refused by processors without float16 products.
-- Host buffers are flat, and the reshape of a cache input is a copy: a sixth of attention's time.
-- Without a weight cache each signature packs the weights for itself: twelve signatures took 1.5 GB
-  and 9 s to load, and with one in memory 0.2 GB and 0.7 s. In a file it loads in 0.02 s and is some
-  percent faster to read, since the file's pages are huge ones (`--weight-cache FOLDER`).
-- Both engines' threads wait actively for each other. Other work on the machine slows llama.cpp's
-  more (to 4 tokens a second): only an idle machine gives numbers to compare.
+Other work on the machine slows llama.cpp's threads, which wait actively for each other, more than
+LiteRT's: only an idle machine gives numbers to compare. docs/performance.md says where a token's
+time goes.
 """
 
 from __future__ import annotations
@@ -33,8 +25,8 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,243 +34,201 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._common import spread, write_result
+from benchmarks._common import RESULTS, machine, spread
+from benchmarks.decode_engines import load_once, prepare, start
+from tf_gptopt._files import read_json, write_json
 
-CONTEXT = 1024
-PROMPT = 32
-DECODED = 96  # tokens after a short prompt: positions 32 to 128
-
-
-class Ours:
-    """`TFLiteGPT`, as a user has it."""
-
-    def __init__(self, folder: str, threads: int, weight_cache: str | None) -> None:
-        from tf_gptopt.tflite.runtime import TFLiteGPT
-
-        path = Path(folder) / "model.tflite"
-        self._model = TFLiteGPT(path, threads=threads, weight_cache=weight_cache)
-
-    def read(self, ids: np.ndarray) -> np.ndarray:
-        return self._model.prefill(ids)
-
-    def reset(self) -> None:
-        self._model.reset()
-
-
-class LlamaCpp:
-    """llama.cpp through its C functions, without the Python class around them."""
-
-    def __init__(self, folder: str, threads: int, weight_cache: str | None) -> None:
-        import llama_cpp
-
-        self._lib = llama_cpp
-        self._log = llama_cpp.llama_log_callback(lambda level, text, data: None)  # C keeps it
-        llama_cpp.llama_log_set(self._log, None)
-        llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(
-            str(Path(folder) / "model.gguf").encode(), llama_cpp.llama_model_default_params()
-        )
-        options = llama_cpp.llama_context_default_params()
-        options.n_ctx = options.n_batch = options.n_ubatch = CONTEXT
-        options.n_threads = options.n_threads_batch = threads
-        self._context = llama_cpp.llama_init_from_model(self._model, options)
-        vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self._vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
-
-    def read(self, ids: np.ndarray) -> np.ndarray:
-        tokens = (self._lib.llama_token * len(ids))(*ids.tolist())
-        batch = self._lib.llama_batch_get_one(tokens, len(ids))
-        if self._lib.llama_decode(self._context, batch):
-            raise RuntimeError("llama_decode failed")
-        logits = self._lib.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(logits, (self._vocab_size,))
-
-    def reset(self) -> None:
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+ENGINES = {
+    "int8": ("Ours", "int8.tflite"),
+    "int8-cache": ("Ours", "int8-cache.tflite"),
+    "int4": ("Ours", "int4.tflite"),
+    "llama.cpp Q8_0": ("LlamaCpp", "Q8_0.gguf"),
+    "llama.cpp Q4_0": ("LlamaCpp", "Q4_0.gguf"),
+    "ctranslate2 int8": ("CTranslate2", "ctranslate2"),
+}
+PAIRS = [
+    ("int8", "llama.cpp Q8_0"),
+    ("int8-cache", "llama.cpp Q8_0"),
+    ("int4", "llama.cpp Q4_0"),
+    ("int8", "ctranslate2 int8"),
+]
+PREFILLS, POSITIONS, DECODED = (32, 512), (64, 512, 1000), 20
+SAME_MODEL = {"int8": 0.99, "int4": 0.5}  # correlation of logits: 4 bits of noise are not rounding
 
 
-def serve(pipe: Any, engine_class: type, *args: Any) -> None:
-    """An engine's process: measures what it is asked to until the pipe closes."""
-    engine = engine_class(*args)
-    with contextlib.suppress(EOFError):
-        while True:
-            prompt, count = pipe.recv()
-            engine.reset()
-            start = time.perf_counter()
-            logits = engine.read(prompt)
-            token = int(logits.argmax())
-            prefill = time.perf_counter() - start
-            first = np.array(logits)
-            start = time.perf_counter()
-            for _ in range(count):
-                token = int(engine.read(np.array([token])).argmax())
-            pipe.send((prefill, (time.perf_counter() - start) / max(count, 1), first))
-
-
-@contextlib.contextmanager
-def engine(engine_class: type, *args: Any) -> Iterator[Any]:
-    """`measure(prompt, count) -> (prefill seconds, seconds a token, logits after the prompt)`."""
-    spawn = multiprocessing.get_context("spawn")
-    pipe, other = spawn.Pipe()
-    process = spawn.Process(target=serve, args=(other, engine_class, *args), daemon=True)
-    process.start()
-    other.close()
-
-    def measure(prompt: np.ndarray, count: int) -> tuple[float, float, np.ndarray]:
-        pipe.send((prompt, count))
-        return pipe.recv()
-
-    try:
-        yield measure
-    finally:
-        pipe.close()
-        process.join(10)
-
-
-def write_gguf(path: Path, config: Any, weights: dict[str, np.ndarray]) -> None:
-    """The same weights as a Q8_0 file for llama.cpp (it has no tokenizer: ids are enough)."""
-    import gguf
-
-    kind = gguf.GGMLQuantizationType.Q8_0
-    writer = gguf.GGUFWriter(str(path), "gpt2")
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_sequence_length)
-    writer.add_embedding_length(config.embedding_dim)
-    writer.add_feed_forward_length(config.intermediate_dim)
-    writer.add_head_count(config.num_heads)
-    writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-
-    def matrix(name: str, rows: np.ndarray) -> None:
-        writer.add_tensor(
-            name, gguf.quants.quantize(np.ascontiguousarray(rows), kind), raw_dtype=kind
-        )
-
-    def norm(name: str, source: str) -> None:
-        writer.add_tensor(f"{name}.weight", weights[f"{source}/gamma"])
-        writer.add_tensor(f"{name}.bias", weights[f"{source}/beta"])
-
-    matrix("token_embd.weight", weights["token_embedding/embeddings"])
-    writer.add_tensor("position_embd.weight", weights["position_embedding/embeddings"])
-    norm("output_norm", "final_norm")
-    dense = {"attn_qkv": "qkv", "attn_output": "proj", "ffn_up": "fc", "ffn_down": "out"}
-    for i in range(config.num_layers):
-        norm(f"blk.{i}.attn_norm", f"block_{i}_attention_norm")
-        norm(f"blk.{i}.ffn_norm", f"block_{i}_mlp_norm")
-        for theirs, ours in dense.items():
-            matrix(f"blk.{i}.{theirs}.weight", weights[f"block_{i}_{ours}/kernel"].T)
-            writer.add_tensor(f"blk.{i}.{theirs}.bias", weights[f"block_{i}_{ours}/bias"])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def prepare(folder: Path) -> dict[str, Any]:
-    """Write both files with the same random weights; returns what ours weighs."""
-    from tf_gptopt._keras import keras
-    from tf_gptopt.models.checkpoints import named_weights
-    from tf_gptopt.models.gpt import GPTModel
-    from tf_gptopt.tflite.convert import export_tflite
-
-    keras.utils.set_random_seed(0)
-    model = GPTModel.from_preset("gpt2")
+def compare(measures: dict[str, Any], rounds: int, vocab_size: int) -> dict[str, Any]:
+    """All engines through all cases: tokens per second of each, ratios of each pair."""
     rng = np.random.default_rng(0)
-    for weight in model.weights:  # biases and LayerNorms as in a trained model: not 0 and 1
-        if len(weight.shape) == 1:
-            weight.assign_add(rng.normal(0.0, 0.02, weight.shape))
-    info = export_tflite(model, folder / "model.tflite")
-    write_gguf(folder / "model.gguf", model.config, named_weights(model))
-    theirs = (folder / "model.gguf").stat().st_size
-    return {
-        "parameters": info.parameters,
-        "bytes": info.bytes,
-        "bytes_per_parameter": round(info.bytes_per_parameter, 4),
-        "llama_cpp_bytes": theirs,
-    }
-
-
-def compare(
-    ours: Any, theirs: Any, rounds: int, positions: list[int], vocab_size: int = 50257
-) -> dict[str, Any]:
-    """Medians of `rounds` pairs: ours, theirs and the ratio of their speeds."""
-    rng = np.random.default_rng(0)
-    rates: dict[str, tuple[list[float], list[float]]] = {}
-
-    def add(name: str, tokens: int, seconds: tuple[float, float]) -> None:
-        pair = rates.setdefault(name, ([], []))
-        for found, each in zip(pair, seconds, strict=True):
-            found.append(tokens / each)
-
-    cases = [(PROMPT, DECODED), *((p, min(64, CONTEXT - p)) for p in positions)]
-    correlation = 0.0
+    rates: dict[str, dict[str, list[float]]] = {}
+    logits: dict[str, np.ndarray] = {}
     for i in range(rounds + 1):
-        for length, count in cases:
+        for length in sorted({*PREFILLS, *POSITIONS}):
             prompt = rng.integers(0, vocab_size, length)
-            engines = (ours, theirs) if i % 2 else (theirs, ours)
-            results = [measure(prompt, count) for measure in engines][:: 1 if i % 2 else -1]
-            if i == 0:  # warm-up, and the proof that both run the same model
-                correlation = float(np.corrcoef(results[0][2], results[1][2])[0, 1])
-                if correlation < 0.99:
-                    raise RuntimeError(f"The engines disagree: correlation {correlation:.3f}.")
-                continue
-            add(f"prefill {length}", length, (results[0][0], results[1][0]))
-            add(f"decode {length}-{length + count}", 1, (results[0][1], results[1][1]))
+            for name in list(measures)[:: 1 if i % 2 else -1]:
+                count = DECODED if length in POSITIONS else 0
+                prefill, token, first = measures[name](prompt, count)
+                if i == 0:  # warm-up, and the proof that all run the same model
+                    if length == PREFILLS[0]:
+                        logits[name] = first
+                    continue
+                if length in PREFILLS:
+                    rates.setdefault(f"prefill {length}", {}).setdefault(name, []).append(
+                        length / prefill
+                    )
+                if length in POSITIONS:
+                    rates.setdefault(f"decode {length}", {}).setdefault(name, []).append(1 / token)
+    for ours, theirs in PAIRS:
+        if logits[theirs] is not None:
+            found = float(np.corrcoef(logits[ours], logits[theirs])[0, 1])
+            if found < SAME_MODEL[ours.partition("-")[0]]:
+                raise RuntimeError(f"{ours} and {theirs} disagree: correlation {found:.3f}.")
     return {
-        "correlation_of_logits": round(correlation, 4),
-        **{
-            name: {
-                "ours_tokens_per_second": spread(mine),
-                "llama_cpp_tokens_per_second": spread(other),
-                "ratio": spread([a / b for a, b in zip(mine, other, strict=True)], 3),
-            }
-            for name, (mine, other) in rates.items()
-        },
+        case: {
+            "tokens_per_second": {name: spread(values) for name, values in engines.items()},
+            "ratio": {
+                f"{ours} / {theirs}": spread(
+                    [a / b for a, b in zip(engines[ours], engines[theirs], strict=True)], 3
+                )
+                for ours, theirs in PAIRS
+            },
+        }
+        for case, engines in rates.items()
     }
+
+
+def capacity_cost(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
+    """What a token at position 64 costs in a model of 1,024 tokens, against one of 128."""
+    prompt, ratios = np.arange(64), []
+    with contextlib.ExitStack() as stack:
+        long, short = (
+            stack.enter_context(start("Ours", folder, name, threads, False))
+            for name in ("int8.tflite", "int8-128.tflite")
+        )
+        for _ in range(rounds + 1):
+            ratios.append(long(prompt, DECODED)[1] / short(prompt, DECODED)[1])
+    return spread(ratios[1:], 3)
+
+
+def loading(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
+    """From an import to the first token, and the memory after 32 more, each in a fresh process."""
+    cases = {
+        "int8": ("Ours", folder, "int8.tflite", threads, False),
+        "int8, weight cache": ("Ours", folder, "int8.tflite", threads, True),
+        "llama.cpp Q8_0": ("LlamaCpp", folder, "Q8_0.gguf", threads, False),
+    }
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+    for _ in range(rounds + 1):
+        for name, case in cases.items():
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found[name].append(pool.apply(load_once, case))
+    return {
+        name: {what: spread([one[what] for one in all_[1:]]) for what in all_[0]}
+        for name, all_ in found.items()
+    }
+
+
+def bandwidth(threads: int, size: int = 2**29) -> float:
+    """Gigabytes that this machine's threads read in a second, the best of five."""
+    data = np.ones(size // 8, np.int64)
+    parts = np.array_split(data, threads)
+    best = 0.0
+    for _ in range(5):
+        workers = [threading.Thread(target=part.max) for part in parts]
+        began = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best = max(best, data.nbytes / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def share_of_roof(
+    measured: dict[str, Any], sizes: dict[str, Any], config: Any, roof: float
+) -> dict[str, float]:
+    """What a token has to read, weights and live cache, over its time: a share of the bandwidth."""
+    shares = {}
+    for position in POSITIONS:
+        for name, each in (("int8", 4), ("int8-cache", 1)):
+            rate = measured[f"decode {position}"]["tokens_per_second"][name]["median"]
+            cache = 2 * config.num_layers * config.embedding_dim * position * each
+            shares[f"{name} {position}"] = round(
+                (sizes[name]["bytes"] + cache) * rate / roof / 1e9, 3
+            )
+    return shares
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="gpt2", help="gpt2 (124M) or gpt2-medium (355M)")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--positions", type=int, nargs="*", default=[], help="also decode here")
-    parser.add_argument("--weight-cache", metavar="FOLDER", help="see TFLiteGPT")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cache", action="store_true", help="with TFLiteGPT's weight_cache")
     parser.add_argument("--folder", type=Path, help="keep the models here (default: temporary)")
     options = parser.parse_args()
 
-    load = round(os.getloadavg()[0], 1)
+    load, threads = round(os.getloadavg()[0], 1), options.threads
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = folder / options.preset
         folder.mkdir(parents=True, exist_ok=True)
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # TensorFlow ends with it
-            size = pool.apply(prepare, (folder,))
-        args = (str(folder), options.threads, options.weight_cache)
-        ours = stack.enter_context(engine(Ours, *args))
-        theirs = stack.enter_context(engine(LlamaCpp, *args))
-        measured = compare(ours, theirs, options.rounds, options.positions)
-
-    print(f"{'':18}{'ours':>8} {'llama.cpp Q8_0':>15}  tokens/s, {options.threads} threads")
-    for name, row in measured.items():
-        if isinstance(row, dict):
-            mine, other = (row[f"{who}_tokens_per_second"] for who in ("ours", "llama_cpp"))
-            print(
-                f"{name:18}{mine['median']:8} {other['median']:15}  {row['ratio']['median']:.2f}x"
-            )
-    print(
-        f"file: {size['bytes'] / 1e6:.1f} MB, {size['bytes_per_parameter']} bytes a parameter "
-        f"(llama.cpp {size['llama_cpp_bytes'] / 1e6:.1f} MB)"
-    )
-    settings = {
-        "threads": options.threads,
-        "rounds": options.rounds,
-        "weight_cache": options.weight_cache is not None,
-        "load_before": load,
-    }
-    path = write_result("decode", {"settings": settings, "size": size, "measured": measured})
+            sizes, config = pool.apply(prepare, (folder, options.preset))
+        roof = bandwidth(threads)
+        with contextlib.ExitStack() as running:
+            measures = {
+                name: running.enter_context(start(kind, folder, file, threads, options.cache))
+                for name, (kind, file) in ENGINES.items()
+            }
+            measured = compare(measures, options.rounds, config.vocab_size)
+        result = {
+            "machine": machine(),
+            "settings": {
+                "preset": options.preset,
+                "threads": threads,
+                "rounds": options.rounds,
+                "weight_cache": options.cache,
+                "load_before": load,
+            },
+            "sizes": sizes,
+            "measured": measured,
+            "read_bandwidth_gb_per_second": round(roof, 1),
+            "share_of_bandwidth": share_of_roof(measured, sizes, config, roof),
+            "position_64_of_1024_over_128": capacity_cost(folder, threads, options.rounds),
+            "loading": loading(folder, threads, min(options.rounds, 5)),
+        }
+    show(result)
+    path = RESULTS / "decode.json"
+    runs = read_json(path) if path.is_file() else {}
+    name = f"{options.preset}, {threads} thread{'s' * (threads > 1)}"
+    write_json(path, {**runs, name + ", weight cache" * options.cache: result})
     print(f"wrote {path}")
     return 0
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Markdown: tokens per second, and behind them how often as fast as the peer that is."""
+    rows = ["| tokens/s | " + " | ".join(ENGINES) + " |", "| --- |" + " ---: |" * len(ENGINES)]
+    for case, row in result["measured"].items():
+        cells = []
+        for name in ENGINES:
+            ratios = [row["ratio"][f"{a} / {b}"]["median"] for a, b in PAIRS if a == name]
+            rate = f"{row['tokens_per_second'][name]['median']:,.0f}"
+            cells.append(f"{rate} ({', '.join(f'{r:.2f}x' for r in ratios)})" if ratios else rate)
+        rows.append(f"| {case} | {' | '.join(cells)} |")
+    return rows
+
+
+def show(result: dict[str, Any]) -> None:
+    print(*table(result), sep="\n")
+    for name in ("sizes", "read_bandwidth_gb_per_second", "share_of_bandwidth"):
+        print(f"{name}: {result[name]}")
+    cost = result["position_64_of_1024_over_128"]["median"]
+    print(f"position 64 of 1,024 tokens against 128: {cost:.3f}")
+    for name, row in result["loading"].items():
+        print(f"{name}: " + ", ".join(f"{what} {v['median']}" for what, v in row.items()))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ _PUBLIC = {
     "compression.distillation.cache": ["CachedTeacher"],
     "compression.distillation.cache_writer": ["cache_logits"],
     "tflite.convert": ["export_tflite"],
+    "tflite.inspecting": ["inspect_tflite"],
     "tflite.runtime": ["TFLiteGPT"],
     "evaluation.compare": ["Candidate", "evaluate"],
     "evaluation.sensitivity": ["measure_sensitivity"],

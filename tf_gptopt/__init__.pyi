@@ -45,6 +45,7 @@ from tf_gptopt.recipes.recipe import Recipe as Recipe
 from tf_gptopt.recipes.recipe import load_recipe as load_recipe
 from tf_gptopt.recipes.runner import run_recipe as run_recipe
 from tf_gptopt.tflite.convert import export_tflite as export_tflite
+from tf_gptopt.tflite.inspecting import inspect_tflite as inspect_tflite
 from tf_gptopt.tflite.runtime import TFLiteGPT as TFLiteGPT
 from tf_gptopt.training.config import TrainConfig as TrainConfig
 from tf_gptopt.training.guard import NonFiniteGuard as NonFiniteGuard

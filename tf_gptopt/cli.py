@@ -26,12 +26,14 @@ COMMANDS = {
     "dataset": "encode, split and pack a corpus",
     "train": "train a GPT from scratch",
     "distill": "distill a model into a smaller one, at once or in rounds",
+    "draft": "distill a small student that guesses a model's tokens: speculative decoding",
     "shrink": "remove heads, neurons, layers or channels for real",
     "prune": "zero the weights that matter least, at once or while training on",
     "qat": "quantization-aware training",
     "quantize": "quantization after training: rounding, GPTQ, SmoothQuant",
     "export": "write a .tflite file with a KV cache, int8 or another scheme",
     "evaluate": "compare models and files: quality, size, speed",
+    "inspect": "what is in a .tflite file: functions, operations, bytes, second copies",
     "sensitivity": "which layers quantization or pruning hurts; a mixed scheme for a budget",
     "recipes": "the recipes of quantization, and of runs, each in a line",
     "plan": "what fits into the memory of which devices, and why",
@@ -154,6 +156,10 @@ def _generate(options: Options, argv: list[str]) -> int:
     options.add("--seed", type=int, default=None, help="makes sampling repeatable")
     options.add("--stop", nargs="*", default=[], help="strings that end the completion")
     options.add("--threads", type=int, default=None, help="processor threads (default: all)")
+    options.add(
+        "--draft", default=None, metavar="lookup|FILE",
+        help="guess tokens ahead: a small .tflite of the same tokenizer, or text that repeats",
+    )  # fmt: skip
     given, _ = options.parse(argv)
     from tf_gptopt.recipes import speak
 
@@ -173,6 +179,7 @@ def _generate(options: Options, argv: list[str]) -> int:
         seed=given.seed,
         stop=given.stop or None,
         threads=given.threads,
+        draft=given.draft,
         repetition_penalty=given.repetition_penalty,
         frequency_penalty=given.frequency_penalty,
         presence_penalty=given.presence_penalty,
@@ -211,6 +218,12 @@ def _evaluate(options: Options, argv: list[str]) -> int:
     if given.out:
         write_report(report, given.out, "Evaluation")
     return 0
+
+
+def _inspect(options: Options, argv: list[str]) -> int:
+    from tf_gptopt.recipes.inspect_command import inspect_command
+
+    return inspect_command(options, argv)
 
 
 def _sensitivity(options: Options, argv: list[str]) -> int:

@@ -31,7 +31,11 @@ evaluate: {tokens: 512, speed_tokens: 10, tolerance: 10.0, prompt: "def "}
 def start(out, corpus, recipe, *more):
     command = [sys.executable, "-m", "tf_gptopt", "run", recipe, "--data", corpus, "--out", out]
     return subprocess.Popen(
-        [*map(str, command), *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*map(str, command), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "SOURCE_DATE_EPOCH": "0"},  # the date that a file names changes its size
     )
 
 

@@ -23,7 +23,13 @@ def exported(tmp_path, tiny_model) -> Callable[..., Any]:
 
         export_options = {
             key: options.pop(key)
-            for key in ("tokenizer", "calibration", "prefill_lengths", "decode_capacities")
+            for key in (
+                "tokenizer",
+                "calibration",
+                "prefill_lengths",
+                "decode_capacities",
+                "verify_lengths",
+            )
             if key in options
         }
         model = model or tiny_model(**options)

@@ -74,7 +74,7 @@ def test_scores_are_those_of_keras(exported):
     np.testing.assert_array_equal(score.token_ids, ids[1:])
     np.testing.assert_allclose(score.log_probs, expected, atol=1e-4)
     assert score.total == pytest.approx(expected.sum(), abs=1e-3)
-    assert runtime.length == 0
+    assert runtime.length == 140
     for cut in (1, 139, 140):
         after = runtime.score(ids[cut:].tolist(), prompt=ids[:cut])
         np.testing.assert_allclose(after.log_probs, expected[cut - 1 :], atol=1e-4)
@@ -84,10 +84,12 @@ def test_scores_of_text_are_those_of_its_tokens(speaking):
     ids = [speaking.tokenizer.encode(text) for text in ("import os\n", "import sys")]
     by_text = speaking.score("import sys", prompt="import os\n")
     np.testing.assert_array_equal(by_text.token_ids, ids[1])
-    np.testing.assert_array_equal(by_text.log_probs, speaking.score(ids[1], ids[0]).log_probs)
+    by_ids = speaking.score(ids[1], ids[0])  # the prompt is in the cache by now: up to rounding
+    np.testing.assert_allclose(by_text.log_probs, by_ids.log_probs, atol=1e-4)
     likely = speaking.generate(ids[0].tolist(), 1)[-1:]
     best = speaking.score(likely, prompt=ids[0]).total
-    assert all(best >= speaking.score([other], prompt=ids[0]).total for other in range(300))
+    others = [speaking.score([other], prompt=ids[0]).total for other in range(300)]
+    assert max(others) == pytest.approx(best, abs=1e-4)
 
 
 def test_what_cannot_be_scored_is_refused(keras_and_file):

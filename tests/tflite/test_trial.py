@@ -10,7 +10,7 @@ from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.tflite import trial
 from tf_gptopt.tflite.convert import export_tflite
 from tf_gptopt.tflite.flatbuffer import Model
-from tf_gptopt.tflite.trial import try_file
+from tf_gptopt.tflite.trial import read_logits, try_file
 
 EXOTIC = QuantConfig(kv_cache="int8")
 
@@ -73,6 +73,25 @@ def test_an_abort_costs_an_error_and_nothing_else(
     # schemes that LiteRT has run for years are not tried
     export_tflite(tiny_model(), path, QuantConfig("int8"))
     export_tflite(tiny_model(), path, QuantConfig("float16", float_layers=("block_0_*",)))
+
+
+def test_the_child_reads_what_this_process_reads(exported):
+    _, runtime = exported("int8", max_sequence_length=96)
+    ids = np.random.default_rng(0).integers(0, 61, 72, np.int32)
+    here, there = read_logits(runtime.path, ids), try_file(runtime.path, "int8", ids)
+    for mine, its in zip(here, there, strict=True):
+        np.testing.assert_array_equal(mine, its)
+    assert here.at_once.shape == (72, 61)
+    assert here.rows.tolist() == [35, 59, *range(60, 72)]
+    np.testing.assert_allclose(here.pieces, here.at_once[here.rows], atol=0.02)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_short_contexts_are_read_in_pieces_too(exported, count):
+    _, runtime = exported("float32", max_sequence_length=count)
+    logits = read_logits(runtime.path, np.arange(count))
+    assert logits.rows[-1] == count - 1
+    np.testing.assert_allclose(logits.pieces, logits.at_once[logits.rows], atol=1e-4)
 
 
 def test_the_trial_needs_no_tensorflow(run_child, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 from tf_gptopt._files import write_json, write_text
 from tf_gptopt.evaluation.size import Size
-from tf_gptopt.evaluation.speed import Speed
+from tf_gptopt.evaluation.speed import DraftSpeed, Speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +46,14 @@ class Report:
         tokens: held-out tokens that each was scored on.
         recommended: the name of the file to ship, or None where no file is good enough.
         why: the reason, with the factors.
+        speculative: what a draft makes of the last model's speed, where one was measured.
     """
 
     rows: tuple[Row, ...]
     tokens: int
     recommended: str | None
     why: str
+    speculative: DraftSpeed | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -64,7 +66,10 @@ class Report:
             Row(**{**row, "size": Size(**row["size"]), "speed": Speed(**row["speed"])})
             for row in values["rows"]
         )
-        return cls(**{**values, "rows": rows})
+        drafted = values.get("speculative")
+        return cls(
+            **{**values, "rows": rows, "speculative": DraftSpeed(**drafted) if drafted else None}
+        )
 
 
 def recommend(rows: Sequence[Row], tolerance: float) -> tuple[str | None, str]:
@@ -113,10 +118,10 @@ def markdown(report: Report, title: str) -> str:
         name, *rest = cells(row)
         lines.append("| " + " | ".join([f"{mark}{name}{mark}", *rest]) + " |")
     speed = report.rows[0].speed
+    lines += ["", f"Recommended: {report.why}", ""]
+    if report.speculative:
+        lines += [report.speculative.in_words(), ""]
     lines += [
-        "",
-        f"Recommended: {report.why}",
-        "",
         f"Scored on {report.tokens:,} held-out tokens. Agreement is teacher-forced top-1 agreement "
         "with the model in brackets. Keras models are timed as float32 .tflite files; decode "
         f"follows a prompt of {speed.prompt_tokens} tokens, "

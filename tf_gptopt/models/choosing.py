@@ -63,7 +63,14 @@ class Chooser:
             rng: the sequence's own.
         """
         row = logits[None]
-        return int(self.sampler(self.penalties(row, [history], out=row), rng)[0])
+        chosen = self.sampler(self.penalties(row, [history], out=row), rng)
+        token = np.asarray(chosen).reshape(-1)[:1]
+        if token.dtype.kind not in "iu" or not token.size or not 0 <= token[0] < len(logits):
+            raise UserError(
+                f"The sampler must return a token id of the vocabulary of {len(logits)} for each "
+                f"row of logits. It returned: {chosen!r}."
+            )
+        return int(token[0])
 
 
 def read_options(
@@ -85,6 +92,9 @@ def read_options(
             raise UserError(f"Unknown sampling option {name!r}.{hint}")
     given = {name: value for name, value in options.items() if value is not None}
     numbers = {name: given[name] for name in _NUMBERS if name in given}
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
+            raise UserError(f"{name} must be a number. Received: {name}={value!r}.")
     if numbers and "sampler" in given:
         raise UserError(f"Give a sampler, or {', '.join(numbers)}, but not both.")
     sampler = make_sampler(**numbers) if numbers else get_sampler(given.get("sampler", default))

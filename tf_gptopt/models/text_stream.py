@@ -78,8 +78,8 @@ class TextStream:
 
 def as_stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Stop strings as a tuple; an empty one is an error, for it would stop everything."""
-    strings: Iterable[str] = (stop,) if isinstance(stop, str) else (stop or ())
-    strings = tuple(strings)
+    strings = (stop,) if isinstance(stop, str) else () if stop is None else stop
+    strings = tuple(strings) if isinstance(strings, Iterable) else (strings,)
     if not all(isinstance(item, str) and item for item in strings):
         raise UserError(f"stop must be one or more non-empty strings. Received: {stop!r}.")
     return strings

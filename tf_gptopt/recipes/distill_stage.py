@@ -25,12 +25,13 @@ from tf_gptopt.compression.quantization.qat import quantize_aware, strip_quantiz
 from tf_gptopt.compression.structured.config import ShrinkConfig
 from tf_gptopt.compression.structured.shrinking import shrink
 from tf_gptopt.data.dataset import TokenDataset
+from tf_gptopt.evaluation.report import human_bytes
 from tf_gptopt.models.checkpoints import load_checkpoint, save_model
 from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.models.counting import token_flops, weight_count
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.recipes.console import Console
-from tf_gptopt.recipes.sections import DistillSection, check_rounds
+from tf_gptopt.recipes.sections import DistillSection, DraftSection, check_rounds
 from tf_gptopt.recipes.stage_parts import (
     CHECKPOINTS,
     Metrics,
@@ -41,7 +42,10 @@ from tf_gptopt.recipes.stage_parts import (
     save,
     team,
 )
+from tf_gptopt.tflite.convert import export_tflite
 from tf_gptopt.training.precision import use_precision
+
+DRAFT = "draft.tflite"
 
 
 def distill(
@@ -54,6 +58,31 @@ def distill(
 ) -> Metrics:
     """Distill a teacher into a student that starts as a part of it."""
     return _Distillation(section, teacher_folder, dataset_folder, out, seed, console).run()
+
+
+def draft(
+    section: DraftSection,
+    teacher_folder: Path,
+    dataset_folder: Path,
+    out: Path,
+    seed: int,
+    console: Console,
+) -> Metrics:
+    """Distill a target into a student that guesses its tokens, and write draft.tflite."""
+    student = DistillSection(
+        section.layers,
+        section.student,
+        section.calibration,
+        distillation=section.distillation,
+        fit=section.fit,
+    )
+    metrics = distill(student, teacher_folder, dataset_folder, out, seed, console)
+    if team().is_chief:
+        model = load_checkpoint(out)
+        info = export_tflite(model, out / DRAFT, section.quantization)
+        console.note(f"{human_bytes(info.bytes)}, {info.scheme}")
+        metrics = {**metrics, "file": dataclasses.asdict(info)}
+    return metrics
 
 
 @dataclasses.dataclass(frozen=True)

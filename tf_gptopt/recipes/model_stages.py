@@ -189,8 +189,12 @@ def evaluate(
     out: Path,
     seed: int,
     console: Console,
+    draft_file: Path | None = None,
 ) -> Metrics:
-    """Measure all candidates on the held-out split; writes report.json and report.md."""
+    """Measure all candidates on the held-out split; writes report.json and report.md.
+
+    With a draft, also what it makes of the last candidate's speed.
+    """
     use_precision("float32")
     report = measure(
         candidates,
@@ -199,6 +203,7 @@ def evaluate(
         speed_tokens=section.speed_tokens,
         threads=section.threads,
         tolerance=section.tolerance,
+        draft=draft_file,
         on_progress=console.note,
     )
     write_report(report, out, "From text to a file, stage by stage")

@@ -22,6 +22,7 @@ from tf_gptopt.recipes.sections import (
     CorpusSection,
     DatasetSection,
     DistillSection,
+    DraftSection,
     EvaluateSection,
     ExportSection,
     PruneSection,
@@ -48,6 +49,7 @@ class Recipe:
         qat: the student trained on its grid, or None to quantize without training.
         quantize: quantization after training, or None to leave that to qat or the export.
         export: the .tflite file, of the last model before it.
+        draft: a small student of the exported model that guesses its tokens, or None.
         evaluate: the measurements.
     """
 
@@ -62,6 +64,7 @@ class Recipe:
     qat: QatSection | None = QatSection()
     quantize: QuantizeSection | None = None
     export: ExportSection = ExportSection()
+    draft: DraftSection | None = None
     evaluate: EvaluateSection = EvaluateSection()
 
     def __post_init__(self) -> None:

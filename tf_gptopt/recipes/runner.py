@@ -38,7 +38,7 @@ from tf_gptopt.training.config import ON_THE_WAY
 
 METRICS = "metrics.json"
 KEY = "key.json"
-TRAINING = ("train", "distill", "prune", "qat")  # the stages that all workers do together
+TRAINING = ("train", "distill", "prune", "qat", "draft")  # the stages that all workers do together
 TITLES = {
     "distill": "teacher -> student",
     "prune": "fewer weights",
@@ -50,7 +50,7 @@ Metrics = dict[str, Any]
 
 def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) -> Any:
     """The whole road: text -> tokenizer, dataset, train, distill, prune, qat, quantize, export,
-    evaluate.
+    draft, evaluate.
 
     Each stage takes the last model before it; those from distill to quantize may be left out.
 
@@ -97,7 +97,13 @@ def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) 
         reads = {"model_folder": out / last, **(tokens if looks_at_text else {})}
         stage("export", reads, "TFLite")
         candidates.append(Candidate("export", out / "export" / "model.tflite", dense))
-        stage("evaluate", {"candidates": candidates, **tokens}, "on the same held-out text")
+        measured = {"candidates": candidates, **tokens}
+        if recipe.draft is not None:
+            stage("draft", {"teacher_folder": out / last, **tokens}, "a student that guesses ahead")
+            measured["draft_file"] = out / "export" / "draft.tflite"
+            if leads():
+                write_bytes(measured["draft_file"], (out / "draft" / "draft.tflite").read_bytes())
+        stage("evaluate", measured, "on the same held-out text")
         if not leads():
             return Report.from_dict(read_json(out / "evaluate" / "report.json"))
         for name in ("report.json", "report.md"):
@@ -105,6 +111,8 @@ def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) 
         report = Report.from_dict(read_json(out / "report.json"))
         console.note(rich_table(report))
         console.note(report.why)
+        if report.speculative:
+            console.note(report.speculative.in_words())
         console.note(f"{clock(time.monotonic() - began)} in all; everything is in {out}")
         show_completion(out / "export" / "model.tflite", recipe, console)
     return report
@@ -189,7 +197,7 @@ def find_stage(name: str) -> Callable[..., Metrics]:
         from tf_gptopt.recipes import text_stages as module
     else:
         load_tensorflow()
-        if name == "distill":
+        if name in ("distill", "draft"):
             from tf_gptopt.recipes import distill_stage as module
         else:
             from tf_gptopt.recipes import model_stages as module

@@ -256,6 +256,31 @@ class ExportSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class DraftSection:
+    """A student of the model that is exported, small enough to guess its tokens: `draft.tflite`
+    beside `model.tflite`, for speculative decoding.
+
+    A fixed guess is right as often as the target holds it to be likely, so the student learns the
+    target's own probabilities (temperature 1) and little from the labels.
+
+    Args:
+        layers: how many of the target's blocks it begins with, where `student` says nothing.
+        student: what it keeps: a budget or a shape.
+        calibration: examples of the training split that importance is measured on.
+        distillation: what it learns from the target.
+        quantization: the file's scheme.
+        fit: its training.
+    """
+
+    layers: int = 1
+    student: ShrinkConfig | None = None
+    calibration: int = 128
+    distillation: DistillConfig = DistillConfig(temperature=1.0, alpha=0.9)
+    quantization: QuantConfig = QuantConfig()
+    fit: TrainConfig = TrainConfig(steps=300, learning_rate=1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateSection:
     """What is measured, and how long.
 

@@ -25,6 +25,7 @@ def stream_completion(
     seed: int | None = None,
     stop: Sequence[str] | None = None,
     threads: int | None = None,
+    draft: str | Path | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Iterator[str]:
     """Pieces of text that continue `prompt`, as they are generated.
@@ -37,6 +38,7 @@ def stream_completion(
         seed: makes the draws repeatable.
         stop: strings that end the text.
         threads: processor threads; default all.
+        draft: `"lookup"` or a small .tflite file that guesses ahead, see `Conversation.generate`.
         **options: how tokens are chosen, see `models.choosing.SamplingOptions`; default greedy.
 
     Raises:
@@ -56,9 +58,13 @@ def stream_completion(
         from tf_gptopt.tflite.runtime import TFLiteGPT
 
         yield from TFLiteGPT(path, threads=threads).stream(
-            prompt, max_new_tokens, seed=seed, stop=stop, **options
+            prompt, max_new_tokens, seed=seed, stop=stop, draft=draft, **options
         )
         return
+    if draft is not None:
+        raise UserError(
+            f"Drafts are for .tflite files, and {path} holds Keras weights. Export them first."
+        )
     load_tensorflow()
     from tf_gptopt.models import checkpoints, generation
 

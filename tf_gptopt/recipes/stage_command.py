@@ -27,6 +27,7 @@ STAGES = {
     ),
     "train": ("TrainSection", {"dataset_folder": DATASET}),
     "distill": ("DistillSection", {"teacher_folder": MODEL, "dataset_folder": DATASET}),
+    "draft": ("DraftSection", {"teacher_folder": MODEL, "dataset_folder": DATASET}),
     "shrink": ("ShrinkSection", {"model_folder": MODEL, "dataset_folder": DATASET}),
     "prune": ("PruneSection", {"model_folder": MODEL, "dataset_folder": DATASET}),
     "qat": ("QatSection", {"model_folder": MODEL, "dataset_folder": DATASET}),

@@ -7,6 +7,10 @@ of the qkv product as it is.
 
 New tokens see each other through the same rounded keys and values that the cache keeps: reading
 a text at once and token by token is the same.
+
+One token's products with the cache are elementwise multiplications and sums. That makes three
+passes over what lies in a processor core's own cache, and still takes two thirds of the time of
+XNNPACK's matrix product, which packs its right-hand operand anew on every call.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import numpy as np
 
 from tf_gptopt.tflite.graph import Graph
 from tf_gptopt.tflite.layers import as_float
+from tf_gptopt.tflite.metadata import head_groups
 from tf_gptopt.tflite.tensors import Affine, Tensor
 
 FIXED = "int8 of fixed scale"
@@ -26,9 +31,11 @@ FIXED = "int8 of fixed scale"
 _FAR_BELOW = 1e9  # what a forbidden score is lowered by, per position
 _SMALLEST = 1e-30  # a scale, so that nothing is divided by zero
 
-# XNNPACK reads the cache, copies it out of the input, and packs it for its product. Done for a few
-# heads at a time the copies stay in the second-level cache of a processor core.
-_HEAD_GROUP_BYTES = 512 * 1024
+# The cache comes in as float32, or becomes it, a few heads at a time: what is computed from it then
+# stays in the second-level cache of a processor core. Each group is an input of its own, because
+# taking slices out of one input costs as much as what is done with them.
+_HEAD_GROUP_BYTES = 1024 * 1024
+_ALIGNMENT = 64  # bytes: what LiteRT wants of an input that it reads in place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,23 +56,34 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """Keys or values of the cache as they come in, flat: `(heads * capacity * head_dim,)`, and
-    `(heads * capacity,)` scales."""
+    """Keys or values of the cache as they come in, flat: `(heads * capacity * head_dim,)` for each
+    group of heads, and `(all heads * capacity,)` scales."""
 
-    heads: int
     capacity: int
-    values: Tensor
+    head_dim: int
+    groups: Sequence[Tensor]
     scales: Tensor | None = None
 
-    def part(self, g: Graph, first: int, heads: int) -> Rows:
-        """Those of some heads."""
-        size = self.values.shape[0] // self.heads
-        values = as_float(g, g.part(self.values, first * size, heads * size))
-        values = g.reshape(values, [heads, self.capacity, size // self.capacity])
+    def part(self, g: Graph, group: int, first: int) -> Rows:
+        """Those of a group, whose first head is `first`."""
+        values = as_float(g, self.groups[group])
+        heads = values.shape[0] // (self.capacity * self.head_dim)
+        values = g.reshape(values, [heads, self.capacity, self.head_dim])
         if self.scales is None:
             return Rows(values)
         scales = g.part(self.scales, first * self.capacity, heads * self.capacity)
         return Rows(values, g.reshape(scales, [heads, 1, self.capacity]))
+
+
+def heads_at_once(heads: int, capacity: int, head_dim: int, cache: str) -> int:
+    """How many heads of the cache make one input: groups of nearly equal size, each of which begins
+    where LiteRT can read in place; 0 for all."""
+    if not capacity:
+        return 0
+    groups = math.ceil(heads * capacity * head_dim * 4 / _HEAD_GROUP_BYTES)
+    each = math.ceil(heads / min(groups, heads))
+    size = each * capacity * head_dim * (4 if cache == "float32" else 1)
+    return 0 if each == heads or size % _ALIGNMENT else each
 
 
 def masks(g: Graph, n: int, capacity: int, position: Tensor | None) -> Masks:
@@ -125,23 +143,30 @@ def store(g: Graph, name: str, x: Tensor, cache: str) -> Rows:
 
 
 def past(
-    g: Graph, name: str, shape: tuple[int, int, int], cache: str, fixed: Affine | None
+    g: Graph,
+    name: str,
+    shape: tuple[int, int, int],
+    group: int,
+    cache: str,
+    fixed: Affine | None,
 ) -> Past:
     """The inputs that hold a block's keys or values so far.
 
     Args:
         name: `"k_0"`, and its scales `"k_scale_0"`.
         shape: `(heads, capacity, head_dim)`.
+        group: heads to an input, see `metadata.head_groups`.
         cache: its kind; `fixed` is the scale of one that has the same for all.
     """
-    heads, capacity, _ = shape
-    size = math.prod(shape)
-    if cache == "float32":
-        return Past(heads, capacity, g.input(name, [size]))
-    if cache == FIXED:
-        return Past(heads, capacity, g.input(name, [size], np.int8, fixed))
-    values = g.input(name, [size], np.int8, Affine(1.0))
-    return Past(heads, capacity, values, g.input(_scale_name(name), [heads * capacity]))
+    heads, capacity, head_dim = shape
+    affine = {"float32": None, FIXED: fixed}.get(cache, Affine(1.0))
+    dtype = np.float32 if cache == "float32" else np.int8
+    groups = [
+        g.input(each, [size * capacity * head_dim], dtype, affine)
+        for each, _, size in head_groups(name, heads, group)
+    ]
+    scales = g.input(_scale_name(name), [heads * capacity]) if cache == "int8" else None
+    return Past(capacity, head_dim, groups, scales)
 
 
 def attend(g: Graph, q: Tensor, k: Rows, v: Rows, old: Sequence[Past] | None, m: Masks) -> Tensor:
@@ -155,19 +180,18 @@ def attend(g: Graph, q: Tensor, k: Rows, v: Rows, old: Sequence[Past] | None, m:
     Returns:
         `(heads, n, head_dim)`.
     """
-    heads, _, head_dim = q.shape
+    head_dim = q.shape[2]
     q = q * g.model.constant(np.full(1, head_dim**-0.5, np.float32))
     if old is None:
         scores = _scores(g, q, k, m.future)
         return _mix(g, g.softmax(scores), v)
-    bytes_a_head = 4 * old[0].capacity * head_dim
-    at_once = max(1, _HEAD_GROUP_BYTES // bytes_a_head)
-    results = []
-    for first in range(0, heads, at_once):
-        group = min(at_once, heads - first)
-        new = [_part(g, rows, first, group) for rows in (k, v)]
-        olds = [rows.part(g, first, group) for rows in old]
-        results.append(_attend_with_cache(g, g.part(q, first, group), *new, *olds, m))
+    results, first = [], 0
+    for group in range(len(old[0].groups)):
+        olds = [rows.part(g, group, first) for rows in old]
+        heads = olds[0].values.shape[0]
+        new = [_part(g, rows, first, heads) for rows in (k, v)]
+        results.append(_attend_with_cache(g, g.part(q, first, heads), *new, *olds, m))
+        first += heads
     return g.concatenate(results, axis=0)
 
 
@@ -186,7 +210,11 @@ def _attend_with_cache(
 
 def _scores(g: Graph, q: Tensor, k: Rows, mask: Tensor | None) -> Tensor:
     """`(heads, n, keys)`."""
-    scores = g.matmul(q, k.values, transpose_b=True)
+    heads, n, _ = q.shape
+    if n == 1:
+        scores = g.reshape(g.sum(k.values * q, axis=2), [heads, 1, k.values.shape[1]])
+    else:
+        scores = g.matmul(q, k.values, transpose_b=True)
     if k.scales is not None:
         scores = scores * k.scales
     return scores if mask is None else scores + mask
@@ -196,7 +224,12 @@ def _mix(g: Graph, p: Tensor, v: Rows) -> Tensor:
     """The mean of v's rows, weighted by p `(heads, n, rows)`."""
     if v.scales is not None:
         p = p * v.scales
-    return p * v.values if v.values.shape[1] == 1 else g.matmul(p, v.values)
+    heads, n, rows = p.shape
+    if rows == 1:
+        return p * v.values
+    if n == 1:
+        return g.sum(v.values * g.reshape(p, [heads, rows, 1]), axis=1)
+    return g.matmul(p, v.values)
 
 
 def _part(g: Graph, rows: Rows, first: int, count: int) -> Rows:

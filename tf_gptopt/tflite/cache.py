@@ -3,15 +3,22 @@
 A step returns the new tokens' keys and values alone, and they are written to their rows: no token
 copies what was there before. When the rows are used up, the cache moves once to the next capacity
 that has a signature.
+
+Wherever an exception or Ctrl-C strikes, `tokens[:length]` are those whose keys and values are
+there.
 """
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
 
 import numpy as np
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from tf_gptopt.models.config import GPTConfig
-from tf_gptopt.tflite.litert import aligned_zeros, host_buffer
+from tf_gptopt.tflite.litert import Memory, host_buffer
+from tf_gptopt.tflite.metadata import head_groups
 
 
 class KVCache:
@@ -25,6 +32,7 @@ class KVCache:
         dtype: of keys and values, `"float32"` or `"int8"`.
         scales: whether each row of a head has a scale beside it, in `k_scale_{i}` and
             `v_scale_{i}`, `(num_heads, capacity)` float32.
+        groups: the capacities, and how many heads make one input there (`metadata.head_groups`).
 
     Attributes:
         length: tokens in the cache.
@@ -32,37 +40,72 @@ class KVCache:
         tokens: `(context,)` int32, of which the first `length` are those in the cache.
     """
 
-    def __init__(self, config: GPTConfig, dtype: str = "float32", scales: bool = False) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        dtype: str = "float32",
+        scales: bool = False,
+        groups: Mapping[int, int] | None = None,
+    ) -> None:
         self.length = 0
         self.capacity = 0
         self.tokens = np.zeros(config.max_sequence_length, np.int32)
         self.buffers: dict[str, TensorBuffer] = {}
         self._arrays: dict[str, np.ndarray] = {}
+        self._memory = Memory()
         self._config, self._dtype, self._scales = config, np.dtype(dtype), scales
+        self._groups = groups or {}
 
     @property
     def nbytes(self) -> int:
         """The memory that it takes."""
         return sum(array.nbytes for array in self._arrays.values())
 
+    def rewind(self, ids: np.ndarray) -> int:
+        """Forget all but the first tokens that `ids` begins with too, and fewer than all of `ids`:
+        what is left of them to read then gives logits.
+
+        Args:
+            ids: `(time,)` int32, at least one.
+
+        Returns:
+            How many tokens are left, the new `length`.
+        """
+        most = min(self.length, len(ids) - 1)
+        differs = self.tokens[:most] != ids[:most]
+        self.length = int(differs.argmax()) if differs.any() else most
+        return self.length
+
+    def copy(self) -> KVCache:
+        """The same tokens, in memory of their own."""
+        other = copy.copy(self)
+        other.tokens, other._memory = self.tokens.copy(), Memory()
+        if self.capacity:
+            other.resize(self.capacity)
+        return other
+
     def resize(self, capacity: int) -> None:
         """Move to arrays of this capacity; the rows in use come along."""
-        old, self._arrays = self._arrays, {}
+        length, self.length = self.length, 0  # until all have moved, none is there
+        old, self._arrays, self.buffers, self.capacity = self._arrays, {}, {}, 0
+        memory, arrays = Memory(), {}
         for i, heads in enumerate(self._config.block_heads):
             rows = (heads, capacity)
             for kind in ("k", "v"):
-                self._add(f"{kind}_{i}", (*rows, self._config.head_dim), self._dtype, old)
+                arrays[f"{kind}_{i}"] = memory.zeros((*rows, self._config.head_dim), self._dtype)
                 if self._scales:
-                    self._add(f"{kind}_scale_{i}", rows, np.dtype(np.float32), old)
-        self.buffers = {name: host_buffer(array) for name, array in self._arrays.items()}
-        self.capacity = capacity
-
-    def _add(
-        self, name: str, shape: tuple[int, ...], dtype: np.dtype, old: dict[str, np.ndarray]
-    ) -> None:
-        self._arrays[name] = aligned_zeros(shape, dtype)
-        if self.length:
-            self._arrays[name][:, : self.length] = old.pop(name)[:, : self.length]
+                    arrays[f"{kind}_scale_{i}"] = memory.zeros(rows, np.float32)
+        if length:
+            for name, array in arrays.items():
+                array[:, :length] = old[name][:, :length]
+        self._memory = memory  # the old one is given back here
+        group = self._groups.get(capacity, 0)
+        self.buffers = {
+            part: host_buffer(array[first : first + heads])
+            for name, array in arrays.items()
+            for part, first, heads in head_groups(name, len(array), group * (array.ndim == 3))
+        }
+        self._arrays, self.capacity, self.length = arrays, capacity, length
 
     def append(self, ids: np.ndarray, outputs: dict[str, np.ndarray]) -> None:
         """Take over what these tokens left: the first rows of `new_k_{i}`, `new_v_{i}` and their

@@ -1,96 +1,225 @@
-"""One sequence of tokens over a loaded file: text and tokens in, text and tokens out."""
+"""Text after text over a loaded file: generate and stream, over the cache of a session."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import numpy as np
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.models.choosing import Chooser, SamplingOptions, make_generators, read_options
-from tf_gptopt.models.text_stream import TextStream
+from tf_gptopt.models.text_stream import TextStream, as_stop_strings
+from tf_gptopt.tflite.cache import KVCache
+from tf_gptopt.tflite.drafting import make_drafter
 from tf_gptopt.tflite.generating import History, next_tokens
+from tf_gptopt.tflite.limits import Limits
 from tf_gptopt.tflite.program import Program
-from tf_gptopt.tflite.scoring import Score, score_tokens
-from tf_gptopt.tflite.vocabulary import Vocabulary
+from tf_gptopt.tflite.session import Session
+from tf_gptopt.tflite.speculative import DraftStats, Speculation, speculated_tokens
+from tf_gptopt.tflite.vocabulary import Vocabulary, is_batch
+
+Prompt = str | Sequence[int]
 
 
-class Conversation:
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What a call of `generate` or `stream` asks for, beside prompt and seed."""
+
+    limits: Limits
+    stops: tuple[str, ...]
+    chooser: Chooser
+    speculation: Speculation | None
+
+
+class Conversation(Session):
     """A KV cache and what goes on in it. Several share one loaded file: its weights are there once.
 
-    `TFLiteGPT` is one, and `TFLiteGPT.new_conversation` makes others.
+    `TFLiteGPT` is one; `new_conversation` and `fork` make others. Each thread may have its own. One
+    that two threads use at once says so, and so does a stream that goes on after its conversation
+    was used for something else.
+
+    The cache remembers what was read last, and a prompt that begins in the same way is not read
+    again up to there: the turns of a chat, a shared instruction. What comes out is the same up to
+    rounding, since other signatures read the rest; `reset()` before each call makes it the same to
+    the bit.
 
     Args:
         program: the loaded file.
         vocabulary: its tokens.
+        cache: what it remembers; default nothing.
 
     Attributes:
         finish_reason: why the last generation ended: `"eot"`, `"stop"` (a stop string), `"length"`
-            (`max_new_tokens`) or `"context"` (no room left); None before the first.
+            (`max_new_tokens`) or `"context"` (no room left); a list of these for several prompts;
+            None before the first, and while one goes on.
+        reused: tokens of the last prompt that were in the cache and not read again.
+        draft_stats: how drafting did in the last generation (`DraftStats`); None without a draft.
     """
 
-    def __init__(self, program: Program, vocabulary: Vocabulary) -> None:
-        self.config = program.config
-        self.finish_reason: str | None = None
-        self._program, self._vocabulary = program, vocabulary
-        self._cache = program.new_cache()
+    def __init__(
+        self, program: Program, vocabulary: Vocabulary, cache: KVCache | None = None
+    ) -> None:
+        super().__init__(program, vocabulary, cache)
+        self.finish_reason: str | list[str] | None = None
+        self.draft_stats: DraftStats | None = None
+        self._draft: Any = None
+        self._speculation: Speculation | None = None  # with that draft
 
-    # Text
+    def new_conversation(self) -> Conversation:
+        """Another sequence of tokens over the same weights: a KV cache is all it takes."""
+        return Conversation(self._program, self._vocabulary)
+
+    def fork(self) -> Conversation:
+        """Another conversation that holds the same tokens: a prompt read once, then many ways on.
+
+        Raises:
+            UserError: while another thread uses this one.
+        """
+        with self._turns.take(self._turns.current):
+            return Conversation(self._program, self._vocabulary, self._cache.copy())
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt | Sequence[Prompt],
         max_new_tokens: int | None = None,
         *,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        overflow: str = "stop",
+        keep: int = 0,
+        draft: Any = None,
         **options: Unpack[SamplingOptions],
-    ) -> str | list[int]:
-        """Complete a prompt: text for text, token ids for token ids, the prompt included.
+    ) -> Any:
+        """Complete a prompt or several: text for text, token ids for token ids, prompt included.
 
         Args:
-            prompt: text or token ids, at least one token and at most the context.
+            prompt: text or token ids, at least one token; or a list of such prompts, done one after
+                the other. What they begin with in common is read once.
             max_new_tokens: default as many as the context has room for.
-            seed: makes the draws repeatable.
+            seed: makes the draws repeatable. Each of several prompts draws from numbers of its own,
+                which its place in the list decides.
             stop: strings that end the text.
+            overflow: what happens when the context is full. `"stop"` ends the text; a prompt longer
+                than the context is an error. `"slide"` goes on without the older half: the first
+                `keep` tokens and the latest half of the others are read again, since learned
+                positions cannot be shifted. A longer prompt is taken as if it had come token by
+                token. Penalties see all tokens, forgotten ones too.
+            keep: tokens at the beginning that `"slide"` never forgets, such as an instruction.
+            draft: what guesses tokens ahead, for the model to check several at once: a small file
+                of the same tokenizer, loaded or its path, or `"lookup"` for what followed the last
+                tokens where they came before. What comes out is the same up to rounding, sooner
+                where the guesses are good; see `tflite.speculative`.
             **options: how tokens are chosen, see `models.choosing.SamplingOptions`: `temperature`,
                 `top_k`, `top_p`, `min_p`, `repetition_penalty`, `logit_bias` and others; default
                 greedy.
 
         Returns:
             Text, without the end-of-text token or stop string; or ids, the ending token included.
+            A list of these for a list of prompts.
 
         Raises:
             UserError: for an empty or overlong prompt, ids outside the vocabulary, impossible
-                numbers, unknown options, and text or stop strings without a tokenizer.
+                numbers, unknown options, text or stop strings without a tokenizer, and `"slide"`
+                with nothing that ends the text.
         """
-        if isinstance(prompt, str):
-            pieces = self.stream(prompt, max_new_tokens, seed=seed, stop=stop, **options)
-            return prompt + "".join(pieces)
-        chooser = read_options(options)
-        ids = self._vocabulary.check_ids(prompt)
-        text = TextStream(self.tokenizer.decode, stop) if stop else None
-        return ids.tolist() + list(self._generate(ids, max_new_tokens, chooser, seed, text))
+        request = self._request(max_new_tokens, stop, overflow, keep, draft, options)
+        if request.limits.are_none and not request.stops:
+            raise UserError(
+                'With overflow="slide" a text may go on for ever. Give max_new_tokens or a stop '
+                "string, or take it piece by piece with stream()."
+            )
+        several = is_batch(prompt)
+        prompts = list(prompt) if several else [prompt]
+        if not prompts:
+            raise UserError("There are no prompts. Hand over at least one.")
+        names = [f"Prompt {i}: " if several else "" for i in range(len(prompts))]
+        batch = [self._read(*pair, request) for pair in zip(names, prompts, strict=True)]
+        completions, reasons = [], []
+        for item, ids, rng in zip(prompts, batch, make_generators(seed, len(batch)), strict=True):
+            completions.append(self._complete(item, ids, request, rng))
+            reasons.append(self.finish_reason)
+        if not several:
+            return completions[0]
+        self.finish_reason = reasons
+        return completions
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         max_new_tokens: int | None = None,
         *,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        overflow: str = "stop",
+        keep: int = 0,
+        draft: Any = None,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[str]:
-        """What follows the prompt, in pieces of text as they are certain; arguments as `generate`.
+        """What follows one prompt, in pieces of text as they are certain; arguments as `generate`.
 
-        A piece never ends inside a character. `finish_reason` says afterwards why it ended.
+        A piece never ends inside a character. `finish_reason` says afterwards why it ended. With
+        `overflow="slide"` and no limit it goes on for as long as pieces are taken.
+
+        A stream may be left at any piece: the conversation is free. Once it was used otherwise,
+        the stream cannot go on.
+
+        Raises:
+            UserError: as `generate`, at the first piece; and at a later one, when the conversation
+                was used for something else in between.
         """
-        chooser = read_options(options)
-        ids = self._vocabulary.as_ids(prompt)
-        text = TextStream(self.tokenizer.decode, stop)
-        for _ in self._generate(ids, max_new_tokens, chooser, seed, text):
-            if text.piece:
+        request = self._request(max_new_tokens, stop, overflow, keep, draft, options)
+        (rng,) = make_generators(seed, 1)
+        yield from self._pieces(self._read("", prompt, request), request, rng)
+
+    def _request(
+        self,
+        max_new_tokens: int | None,
+        stop: str | Sequence[str] | None,
+        overflow: str,
+        keep: int,
+        draft: Any,
+        options: Mapping[str, Any],
+    ) -> _Request:
+        limits = Limits(self.config.max_sequence_length, max_new_tokens, overflow, keep)
+        stops, chooser = as_stop_strings(stop), read_options(options)
+        return _Request(limits, stops, chooser, self._speculate(draft))
+
+    def _speculate(self, draft: Any) -> Speculation | None:
+        """What goes on drafting where the last generation ended, if `draft` is the same."""
+        if draft is None:
+            return None
+        if self._draft is not draft and self._draft != draft:
+            drafter = make_drafter(draft, self._program, self._vocabulary)
+            self._draft, self._speculation = draft, Speculation(self._program, drafter)
+        self._speculation.stats = DraftStats()
+        return self._speculation
+
+    def _read(self, name: str, prompt: Any, request: _Request) -> np.ndarray:
+        """A prompt's ids; `name` begins the error that says what is wrong with it."""
+        try:
+            ids = self._vocabulary.as_ids(prompt)
+            request.limits.check_prompt(len(ids))
+        except UserError as error:
+            raise UserError(f"{name}{error}") from None
+        return ids
+
+    def _complete(
+        self, prompt: Prompt, ids: np.ndarray, request: _Request, rng: np.random.Generator
+    ) -> str | list[int]:
+        if isinstance(prompt, str):
+            return prompt + "".join(self._pieces(ids, request, rng))
+        text = TextStream(self.tokenizer.decode, request.stops) if request.stops else None
+        return ids.tolist() + list(self._generate(ids, request, rng, text))
+
+    def _pieces(
+        self, ids: np.ndarray, request: _Request, rng: np.random.Generator
+    ) -> Iterator[str]:
+        text = TextStream(self.tokenizer.decode, request.stops)
+        for token in self._generate(ids, request, rng, text):
+            if text.piece and token != self.eot_id:
                 yield text.piece
         if rest := text.finish():
             yield rest
@@ -98,137 +227,33 @@ class Conversation:
     def _generate(
         self,
         ids: np.ndarray,
-        max_new_tokens: int | None,
-        chooser: Chooser,
-        seed: int | None,
+        request: _Request,
+        rng: np.random.Generator,
         text: TextStream | None,
     ) -> Iterator[int]:
         """New tokens, the ending one included; `text` sees each that is text."""
-        if max_new_tokens is not None and max_new_tokens < 0:
-            raise UserError(f"max_new_tokens must not be negative. Received: {max_new_tokens}.")
-        self.reset()
-        self._check_room(len(ids))
-        room = self.config.max_sequence_length - len(ids)
-        count = room if max_new_tokens is None else min(max_new_tokens, room)
-        (rng,) = make_generators(seed, 1)
-        history = History(ids, len(ids) + count)
-        self.finish_reason = None
-        tokens = next_tokens(self._program, self._cache, history, chooser, rng)
-        for _, token in zip(range(count), tokens, strict=False):
+        limits = request.limits
+        history = History(ids, limits.context, limits.keep)
+        self.finish_reason, self.draft_stats = None, None
+        with self._turns.take() as turn:
+            self.reused = self._cache.rewind(history.visible)
+        source = self._program, self._cache, history, request.chooser, rng
+        speculation = request.speculation
+        tokens = speculated_tokens(*source, speculation) if speculation else next_tokens(*source)
+        room = limits.room(len(ids))
+        for _ in itertools.count() if room is None else range(room):
+            with self._turns.take(turn):
+                token = next(tokens)
+            self.draft_stats = speculation and speculation.stats
+            reason = None
             if token == self.eot_id:
-                self.finish_reason = "eot"
+                reason = "eot"
             elif text is not None:
                 text.push(token)
                 if text.stopped:
-                    self.finish_reason = "stop"
+                    reason = "stop"
             yield token
-            if self.finish_reason:
+            if reason:
+                self.finish_reason = reason
                 return
-        self.finish_reason = "length" if count == max_new_tokens else "context"
-
-    # Token by token
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache."""
-        return self._cache.length
-
-    def reset(self) -> None:
-        """Forget all tokens; the cache's memory stays."""
-        self._cache.length = 0
-
-    def prefill(self, ids: Sequence[int]) -> np.ndarray:
-        """Read tokens after those in the cache; returns the logits after the last one.
-
-        Args:
-            ids: `(time,)` integers; any number that the context has room for.
-
-        Returns:
-            `(vocab_size,)` float32.
-
-        Raises:
-            UserError: when there are none, too many or unknown ones; the cache is as before.
-        """
-        ids = self._vocabulary.check_ids(ids)
-        self._check_room(len(ids))
-        return self._program.read(self._cache, ids)
-
-    def decode(self, token: int) -> np.ndarray:
-        """Read one token; returns the logits after it, `(vocab_size,)` float32.
-
-        Raises:
-            UserError: when the context is full, or for an id outside the vocabulary.
-        """
-        return self.prefill([token])
-
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """The logits after each of `ids`, `(time, vocab_size)` float32, for evaluation.
-
-        The signatures that generate compute them, so this measures what a user of the file gets.
-        The tokens in the cache are forgotten.
-        """
-        ids = self._vocabulary.check_ids(ids)
-        self.reset()
-        self._check_room(len(ids))
-        try:
-            return self._program.read_all(self._cache, ids)
-        finally:
-            self.reset()
-
-    def score(self, text: str | Sequence[int], prompt: str | Sequence[int] | None = None) -> Score:
-        """How likely the model holds a text to be, token by token.
-
-        Args:
-            text: text or token ids.
-            prompt: what comes before it, text or ids; its own tokens are not scored. Text is
-                encoded for itself, so no token spans the two.
-
-        Returns:
-            The log-probability of each token of `text`, and their sum. Without a prompt, the first
-            token has nothing before it: the scores begin with the second. The tokens in the cache
-            are forgotten.
-
-        Raises:
-            UserError: when nothing is left to score, for ids outside the vocabulary, for more
-                tokens than the context has room for (the last is not read), and for text without
-                a tokenizer.
-        """
-        as_ids = self._vocabulary.as_ids
-        ids = as_ids(text)
-        before, ids = (ids[:1], ids[1:]) if prompt is None else (as_ids(prompt), ids)
-        if not len(ids):
-            raise UserError(
-                "One token alone has nothing before it to score it by. Give a longer text, or a "
-                "prompt (the end-of-text token begins a document)."
-            )
-        self.reset()
-        self._check_room(len(before) + len(ids) - 1)
-        try:
-            return score_tokens(self._program, self._cache, before, ids)
-        finally:
-            self.reset()
-
-    # The tokenizer, and what comes in
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer that was given, or the one that belongs to the file.
-
-        Raises:
-            UserError: when there is none, or it is not the one that the model was exported with.
-        """
-        return self._vocabulary.tokenizer
-
-    @property
-    def eot_id(self) -> int | None:
-        """The token that ends a text, if the model was exported with a tokenizer or has one."""
-        return self._vocabulary.eot_id
-
-    def _check_room(self, count: int) -> None:
-        context = self.config.max_sequence_length
-        if self.length + count > context:
-            used = f", of which {self.length} are used" if self.length else ""
-            raise UserError(
-                f"{count} tokens do not fit: the model's context is {context} tokens{used}. "
-                "Shorten the text, or call reset() to start anew."
-            )
+        self.finish_reason = "length" if room == limits.max_new_tokens else "context"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +18,22 @@ from tf_gptopt._errors import UserError
 from tf_gptopt._files import atomic_path
 from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.models.config import GPTConfig
+from tf_gptopt.tflite import bundle
 from tf_gptopt.tflite.attention import FIXED
+from tf_gptopt.tflite.checking import ExportCheck, check_logits, require_good, sample_ids
 from tf_gptopt.tflite.flatbuffer import Model
 from tf_gptopt.tflite.layers import Weights
-from tf_gptopt.tflite.metadata import add_metadata, seal
+from tf_gptopt.tflite.metadata import add_metadata, seal, seal_file
+from tf_gptopt.tflite.reading import count_stored, read_weights
 from tf_gptopt.tflite.signatures import (
     LOGITS_ROWS,
     add_logits,
     add_step,
+    group_heads,
     plan_buckets,
     plan_verifies,
 )
-from tf_gptopt.tflite.trial import try_file
+from tf_gptopt.tflite.trial import read_logits, try_file
 from tf_gptopt.tflite.weights import Ranges, store_weights
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ class ExportInfo:
         parameters: of the model, counted once where tied.
         scheme: how it is quantized (`QuantConfig.name`).
         signatures: the functions in the file.
+        check: how it compares with its Keras model; None when nobody looked.
     """
 
     path: str
@@ -58,6 +62,7 @@ class ExportInfo:
     parameters: int
     scheme: str
     signatures: tuple[str, ...]
+    check: ExportCheck | None = None
 
     @property
     def bytes_per_parameter(self) -> float:
@@ -74,61 +79,81 @@ def export_tflite(
     prefill_lengths: Sequence[int] | None = None,
     decode_capacities: Sequence[int] | None = None,
     verify_lengths: Sequence[int] | None = None,
+    check: bool = True,
 ) -> ExportInfo:
-    """Write `model` to a .tflite file that decodes with a KV cache, and its tokenizer beside it.
+    """Write `model` to a .tflite file that decodes with a KV cache, its tokenizer inside.
 
     The signatures are described in `tflite/signatures.py`; `tflite.runtime.TFLiteGPT` drives them.
+    Before the file gets its name, it and Keras read the same tokens (`tflite/checking.py`). Behind
+    the model it holds a ZIP archive (`tflite/bundle.py`): the tokenizer's files, config.json, and
+    in made.json how it was made.
 
     Args:
         model: any `GPTModel`: dense, pruned, with blocks of different shape, with a tied or an own
             head. One that is wrapped for pruning or quantization-aware training is stripped first;
             it is not changed. Weights that are on a grid of the scheme (`quantize`,
             `quantize_aware`) are stored to the bit; others are rounded to the nearest.
-        path: where to; replaced atomically. A file of a scheme that is not plain int8 or float is
-            first tried in a process of its own, because LiteRT aborts where others raise.
+        path: where to; replaced atomically. A file of a scheme that is not plain int8 or float
+            first runs in a process of its own, because LiteRT aborts where others raise.
         quant: the scheme; default `QuantConfig("int8")`.
-        tokenizer: default `model.tokenizer`. Its files go into the folder of `path`, and its
-            fingerprint into the file.
+        tokenizer: default `model.tokenizer`. Its files go into the file and into its folder.
         calibration: text for a scheme that looks at some, as `quantize` takes it. Not needed for a
             model that `quantize` or training with static activations has been through.
         prefill_lengths, decode_capacities, verify_lengths: see `signatures.plan_buckets` and
             `plan_verifies`. Each signature costs some 5 kB a block; a file for one length alone is
             smaller by a few percent.
+        check: hold the file against its Keras model: on the first tokens of `calibration`, or on
+            random ones. While it does (a second for 124 M parameters), `model` has other weights.
 
     Raises:
         UserError: for something that is no GPTModel, weights that are not finite, a tokenizer with
             more tokens than the model, impossible lengths, a file beyond 2 GiB, a scheme whose
-            calibration is missing, and one that LiteRT cannot run. Nothing is written then.
+            calibration is missing, one that LiteRT cannot run, and a file that computes something
+            else than its model. Nothing is written then.
     """
     from tf_gptopt.models.checkpoints import named_weights
 
     quant = quant or QuantConfig("int8")
-    plain = _plain_model(model)
+    plain = quantized = _plain_model(model)
+    weights = named_weights(plain)
     is_ranged = quant.activations == "static" and plain.activation_ranges
     if calibration is not None and not is_ranged:
         from tf_gptopt.compression.quantization.ptq import quantize
 
-        plain = quantize(plain, quant, calibration)
+        quantized = quantize(plain, quant, calibration)
     tokenizer = tokenizer or model.tokenizer
     _check_tokenizer(tokenizer, plain.config)
+    files = bundle.tokenizer_files(tokenizer)
     path = Path(path)
     data, info = build_tflite(
         plain.config,
-        named_weights(plain),
+        weights if quantized is plain else named_weights(quantized),
         quant,
-        _as_the_runtime_reads(tokenizer),
-        ranges=plain.activation_ranges,
+        bundle.load_tokenizer(files) if files else tokenizer,  # as the runtime will read it
+        ranges=quantized.activation_ranges,
         prefill_lengths=prefill_lengths,
         decode_capacities=decode_capacities,
         verify_lengths=verify_lengths,
     )
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+        stored = read_weights(data)
+        ids = sample_ids(plain.config, calibration) if check else None
         if _needs_trial(quant):
-            try_file(temporary, quant.name)
+            logits = try_file(temporary, quant.name, ids)
+        else:
+            logits = read_logits(temporary, ids) if check else None
+        if check:
+            figures = check_logits(stored, logits, ids, plain, weights, quant)
+            require_good(figures, quant.name)
+            info = dataclasses.replace(info, check=figures)
+        nonzero = count_stored(stored)[1]
+        files |= _describe_file(info, plain.config, quant, nonzero)
+        bundle.append_files(temporary, files)
+        seal_file(temporary)
         if hasattr(tokenizer, "save"):
             tokenizer.save(path.parent)
-    return dataclasses.replace(info, path=str(path))
+        return dataclasses.replace(info, path=str(path), bytes=temporary.stat().st_size)
 
 
 def build_tflite(
@@ -156,6 +181,7 @@ def build_tflite(
 
     file = Model(description="GPT with a KV cache, written by tf_gptopt")
     shared = store_weights(file, config, weights, quant, ranges)
+    buckets, verifies = (group_heads(planned, shared) for planned in (buckets, verifies))
     for bucket in (*buckets, *verifies):
         add_step(file, shared, bucket)
     logits_rows = min(LOGITS_ROWS, context)
@@ -191,15 +217,19 @@ def _plain_model(model: Any) -> GPTModel:
     return strip_quantization(model) if is_quantization_aware(model) else strip_pruning(model)
 
 
-def _as_the_runtime_reads(tokenizer: Any) -> Any:
-    """`tokenizer` after a round trip through its files: that is the fingerprint to expect."""
-    if not hasattr(tokenizer, "save"):
-        return tokenizer
-    from tf_gptopt.data.tokenizer import Tokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        return Tokenizer.load(folder)
+def _describe_file(
+    info: ExportInfo, config: GPTConfig, quant: QuantConfig, nonzero: int
+) -> dict[str, bytes]:
+    """What a file says about itself to people."""
+    made = bundle.how_it_was_made(
+        scheme=quant.name,
+        quantization=quant.to_dict(),
+        parameters=info.parameters,
+        nonzero=nonzero,
+        check=info.check and info.check.to_dict(),
+    )
+    values = {bundle.CONFIG_FILE: config.to_dict(), bundle.MADE_FILE: made}
+    return {name: bundle.as_json(value) for name, value in values.items()}
 
 
 def _check_tokenizer(tokenizer: Any, config: GPTConfig) -> None:

@@ -14,22 +14,40 @@ from tf_gptopt.tflite.program import Program
 class History:
     """The tokens of a prompt and of what has been generated after it.
 
+    Those that overflow the context leave the model's sight as it fills: each time the first `keep`
+    stay, and the latest half of the others. What is visible depends on the tokens alone, not on the
+    calls that brought them.
+
     Args:
         ids: the prompt, `(time,)` int32.
-        room: tokens that prompt and completion may have together.
+        context: tokens that the model sees at most.
+        keep: tokens at the beginning that stay visible, fewer than the context.
     """
 
-    def __init__(self, ids: np.ndarray, room: int) -> None:
-        self._tokens = np.empty(room, np.int32)
-        self._tokens[: len(ids)] = ids
+    def __init__(self, ids: np.ndarray, context: int, keep: int = 0) -> None:
+        self._tokens = ids.copy()
+        self._context, self._keep = context, keep
         self.length = len(ids)
 
     @property
     def tokens(self) -> np.ndarray:
-        """`(length,)` int32, a view."""
+        """All of them, `(length,)` int32, a view."""
         return self._tokens[: self.length]
 
+    @property
+    def visible(self) -> np.ndarray:
+        """Those that the model sees, `(time,)` int32: at most the context."""
+        over = self.length - self._context
+        if over <= 0:
+            return self.tokens
+        others = self._context - self._keep
+        step = others - others // 2
+        start = self._keep + -(-over // step) * step
+        return np.concatenate([self._tokens[: self._keep], self._tokens[start : self.length]])
+
     def append(self, token: int) -> None:
+        if self.length == len(self._tokens):
+            self._tokens = np.concatenate([self._tokens, np.empty(self.length + 64, np.int32)])
         self._tokens[self.length] = token
         self.length += 1
 
@@ -43,10 +61,11 @@ def next_tokens(
 ) -> Iterator[int]:
     """What follows `history`, a token at a time and without end; each is appended to `history`.
 
-    `cache` holds the first tokens of `history`, fewer than all; the rest is read first.
+    The cache may hold anything: what it has in common with the visible tokens is not read again.
     """
     while True:
-        logits = program.read(cache, history.tokens[cache.length :])
+        visible = history.visible
+        logits = program.read(cache, visible[cache.rewind(visible) :])
         token = chooser(logits, history.tokens, rng)
         history.append(token)
         yield token

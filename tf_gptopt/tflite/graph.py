@@ -105,6 +105,10 @@ class Graph:
         """Over the last axis, which stays with size 1."""
         return self._reduce("REDUCE_MAX", x)
 
+    def sum(self, x: Tensor, axis: int) -> Tensor:
+        """Over `axis`, which stays with size 1."""
+        return self._reduce("SUM", x, axis)
+
     def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         assert math.prod(shape) == math.prod(x.shape), (x.shape, shape)
         new = self.model.constant(np.array(shape, np.int32))
@@ -190,9 +194,11 @@ class Graph:
 
     # Plumbing
 
-    def _reduce(self, name: str, x: Tensor) -> Tensor:
-        axis = self.model.constant(np.array([len(x.shape) - 1], np.int32))
-        return self._op(name, [x, axis], (*x.shape[:-1], 1), options="Reducer", keepDims=True)
+    def _reduce(self, name: str, x: Tensor, axis: int = -1) -> Tensor:
+        shape = list(x.shape)
+        shape[axis] = 1
+        axes = self.model.constant(np.array([axis % len(shape)], np.int32))
+        return self._op(name, [x, axes], shape, options="Reducer", keepDims=True)
 
     def _op(
         self,

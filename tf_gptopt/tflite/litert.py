@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import math
+import mmap
 import os
 import sys
 import tempfile
@@ -71,6 +73,31 @@ def aligned_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
 def zeros_for(details: dict[str, Any]) -> np.ndarray:
     """Such zeros for a tensor, as `CompiledModel` describes it."""
     return aligned_zeros(tuple(details["shape"]), np.dtype(details["dtype"]))
+
+
+class Memory:
+    """Arrays that LiteRT reads in place, given back to the system when this object goes, even where
+    something still holds the arrays: their content is zero then.
+
+    LiteRT needs a buffer to exist until it has read another in its place, so a program keeps those
+    of caches that are long gone. Without their memory that costs nothing.
+    """
+
+    def __init__(self) -> None:
+        self._maps: list[mmap.mmap] = []
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Zeros of this shape; pages that nobody has written to take no memory."""
+        count = math.prod(shape)
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+        pages = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize), **private)
+        self._maps.append(pages)
+        return np.frombuffer(pages, dtype, count).reshape(shape)
+
+    def __del__(self) -> None:
+        for pages in self._maps:
+            if hasattr(pages, "madvise"):  # not on Windows
+                pages.madvise(mmap.MADV_DONTNEED)
 
 
 def host_buffer(array: np.ndarray) -> TensorBuffer:

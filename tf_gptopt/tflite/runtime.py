@@ -15,11 +15,13 @@ from typing import Any
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.tflite.conversation import Conversation
+from tf_gptopt.tflite.limits import is_count
 from tf_gptopt.tflite.litert import load_litert
 from tf_gptopt.tflite.metadata import read_metadata
 from tf_gptopt.tflite.program import Program
 from tf_gptopt.tflite.vocabulary import Vocabulary
 
+_THREADS_AT_ALL = 1024
 _MOST_THREADS = 8  # more wait for each other: a token is a few milliseconds of many small products
 
 
@@ -29,19 +31,25 @@ class TFLiteGPT(Conversation):
     Args:
         path: a file that `export_tflite` wrote.
         threads: processor threads; default those this process may use, at most 8.
-        tokenizer: default the files beside `path`, read when text first comes in or goes out.
-        verify: compare the file's checksum (0.1 s per 150 MB).
+        tokenizer: default the one inside the file, or else the files beside it; read when text
+            first comes in or goes out.
+        verify: compare the file's checksum (0.1 s per 150 MB). LiteRT trusts the files it loads and
+            crashes on damaged ones: leave it out only for a file that was compared before.
         weight_cache: a folder for the weights in the order that the processor wants, as large as
             the model; written on the first load. Later loads then take 0.02 s instead of 0.5 s
             (124 M parameters), processes share the memory, and decoding is some 5% faster.
             Default: in memory.
 
+    The file stays mapped into memory: to replace it, write another beside it and rename that, as
+    `export_tflite` does. Whoever changes it in place changes what is running, and whoever cuts it
+    short ends the process. The checksum tells damage, not malice: try a file of unknown origin in
+    a process of its own (`tflite.trial`).
+
     Attributes:
         config: the model's `GPTConfig`.
         metadata: all that the file says about itself.
         threads: as given or chosen.
-        finish_reason: why the last generation ended: `"eot"`, `"stop"` (a stop string), `"length"`
-            (`max_new_tokens`) or `"context"` (no room left); None before the first.
+        finish_reason, reused, draft_stats: see `Conversation`.
 
     Raises:
         UserError: for a file that is absent, damaged or not ours, and for a tokenizer that does not
@@ -57,16 +65,27 @@ class TFLiteGPT(Conversation):
         verify: bool = True,
         weight_cache: str | os.PathLike | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = _as_path(path, "path")
         self.metadata = read_metadata(self.path, verify)
         self.threads = _choose_threads(threads)
-        vocabulary = Vocabulary(self.path, self.metadata, tokenizer)
-        model = load_litert(self.path, self.threads, self.metadata["sha256"], weight_cache)
-        super().__init__(Program(model, self.metadata), vocabulary)
+        if weight_cache is not None:
+            weight_cache = _as_path(weight_cache, "weight_cache")
+        try:
+            vocabulary = Vocabulary(self.path, self.metadata, tokenizer)
+            model = load_litert(self.path, self.threads, self.metadata["sha256"], weight_cache)
+            program = Program(model, self.metadata, self.threads)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise UserError(
+                f"{self.path} is damaged: what it says about itself does not fit ({error!r}). "
+                "Copy or export it again."
+            ) from None
+        super().__init__(program, vocabulary)
 
-    def new_conversation(self) -> Conversation:
-        """Another sequence of tokens over the same weights: a KV cache is all it takes."""
-        return Conversation(self._program, self._vocabulary)
+
+def _as_path(path: Any, name: str) -> Path:
+    if not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
+        raise UserError(f"{name} must be a file's path as text. Received: {name}={path!r}.")
+    return Path(path)
 
 
 def _choose_threads(threads: int | None) -> int:
@@ -74,6 +93,9 @@ def _choose_threads(threads: int | None) -> int:
         # what this process may use, where the system tells
         can_ask = hasattr(os, "sched_getaffinity")
         return min(len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 1, _MOST_THREADS)
-    if not isinstance(threads, int) or threads < 1:
-        raise UserError(f"threads must be a positive integer. Received: threads={threads!r}.")
-    return threads
+    if not is_count(threads) or not 1 <= threads <= _THREADS_AT_ALL:
+        raise UserError(
+            f"threads must be a positive integer, at most {_THREADS_AT_ALL}. Received: "
+            f"threads={threads!r}."
+        )
+    return int(threads)

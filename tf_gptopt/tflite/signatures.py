@@ -16,7 +16,8 @@ runtime takes the smallest that holds the tokens so far.
 - `logits_{n}` turns `hidden`, (n * width,) flat, into the `logits` (n, vocab_size) of all tokens.
 
 The cache is two inputs per block, `k_{i}` and `v_{i}`: flat float32 in the layout (num_heads,
-capacity, head_dim), where row p belongs to position p. It is never an output: `new_k_{i}` and
+capacity, head_dim), where row p belongs to position p. A large one comes in by several inputs of a
+few heads each, `k_{i}_{first head}`. It is never an output: `new_k_{i}` and
 `new_v_{i}`, (num_heads, n, head_dim), are, and the caller writes them to the rows from `position`
 on. So nothing is copied but what is new. An int8 cache has int8 arrays in their place and, beside
 each, float32 scales: `k_scale_{i}` flat (num_heads, capacity), `new_k_scale_{i}` (num_heads, n).
@@ -31,6 +32,7 @@ row the logits belong to.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,6 +46,7 @@ from tf_gptopt.tflite.metadata import Bucket
 from tf_gptopt.tflite.tensors import Tensor
 
 LOGITS_ROWS = 128  # positions that `logits_{n}` does at once
+_VERIFY_LENGTH = 5
 
 
 def plan_buckets(
@@ -80,7 +83,8 @@ def plan_buckets(
     short, long = ([n for n in lengths if n <= most][-1:] for most in (32, 128))
     doubled = [c for c in capacities if c & (c - 1) == 0 or c == context]
     for n in sorted({*short, *long} or lengths[:1]):
-        buckets += [Bucket(f"prefill_{n}_{c}", n, c) for c in doubled]
+        far = [c for c in doubled if c >= 2 * max(n, 64) or c == context]
+        buckets += [Bucket(f"prefill_{n}_{c}", n, c) for c in far]
     names = {c: f"decode_{c}" for c in capacities} | {context: "decode"}
     return buckets + [Bucket(names[c], 1, c) for c in capacities]
 
@@ -91,18 +95,30 @@ def plan_verifies(
     """The verify signatures beside these prefill and decode signatures.
 
     Args:
-        verify_lengths: tokens that are verified at once; default 4 and 8. With none, `()`, drafts
-            are read by the prefill signatures.
+        verify_lengths: tokens that are verified at once; default 5, as many as XNNPACK multiplies
+            with a matrix in one pass on a processor with AVX-512 (others: 4). With none, `()`,
+            drafts are read by the prefill signatures.
 
     Raises:
         UserError: for lengths that are no integers from 1 to the context.
     """
     if verify_lengths is None:
-        verify_lengths = [n for n in (4, 8) if n <= context]
+        verify_lengths = [min(_VERIFY_LENGTH, context)]
     lengths = _checked("verify_lengths", verify_lengths, context) if verify_lengths else []
-    capacities = {b.capacity for b in buckets if b.is_decode}
-    doubled = sorted(c for c in capacities if c & (c - 1) == 0 or c == context)
-    return [Bucket(f"verify_{n}_{c}", n, c) for n in lengths for c in doubled]
+    # those of decode: going from one to the other never moves the cache
+    capacities = [b.capacity for b in buckets if b.is_decode]
+    return [Bucket(f"verify_{n}_{c}", n, c) for n in lengths for c in capacities]
+
+
+def group_heads(buckets: Sequence[Bucket], weights: Weights) -> list[Bucket]:
+    """The same buckets, each with the number of heads that makes an input of its cache."""
+    heads, head_dim = max(weights.config.block_heads), weights.config.head_dim
+    return [
+        dataclasses.replace(
+            b, group=attention.heads_at_once(heads, b.capacity, head_dim, weights.cache)
+        )
+        for b in buckets
+    ]
 
 
 def add_step(model: Model, weights: Weights, bucket: Bucket) -> None:
@@ -128,7 +144,7 @@ def add_step(model: Model, weights: Weights, bucket: Bucket) -> None:
         if capacity:
             shape = block.num_heads, capacity, config.head_dim
             old = [
-                attention.past(g, name, shape, weights.cache, block.qkv.output)
+                attention.past(g, name, shape, bucket.group, weights.cache, block.qkv.output)
                 for name in (f"k_{i}", f"v_{i}")
             ]
         y = attention.attend(g, layers.as_float(g, q), k, v, old, masks)

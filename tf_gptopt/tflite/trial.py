@@ -1,7 +1,8 @@
-"""A file's first run, in a process of its own: what LiteRT cannot do, it may answer by aborting.
+"""A file's first run: what it computes for a few tokens, where it can do no harm.
 
-`python -m tf_gptopt.tflite.trial FILE` runs every signature of a file once, on zeros. It needs no
-TensorFlow and takes half a second beside the loading.
+What LiteRT cannot do, it may answer by aborting. `python -m tf_gptopt.tflite.trial FILE` runs every
+signature of a file once, on zeros, in a process of its own; with `IDS.npy OUT.npz` behind it, it
+reads these tokens as well. It needs no TensorFlow and takes half a second beside the loading.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,12 +24,54 @@ COMMAND = ("-m", "tf_gptopt.tflite.trial")
 _BEGUN = "trying "  # what the child says before a signature
 
 
-def try_file(path: str | os.PathLike, scheme: str) -> None:
+class Logits(NamedTuple):
+    """What a file makes of tokens, on the two ways that it has of reading them.
+
+    Args:
+        at_once: the logits after each token, `(time, vocab_size)`.
+        rows: positions that were read again, `(some,)`: the text in pieces, over a growing cache,
+            and its last tokens one by one.
+        pieces: the logits after each of those, `(some, vocab_size)`.
+    """
+
+    at_once: np.ndarray
+    rows: np.ndarray
+    pieces: np.ndarray
+
+
+def read_logits(path: str | os.PathLike, ids: np.ndarray) -> Logits:
+    """Read tokens `(time,)` with a .tflite file of ours, in this process.
+
+    Raises:
+        UserError: when LiteRT refuses the file or fails.
+    """
+    from tf_gptopt.tflite.runtime import TFLiteGPT
+
+    gpt = TFLiteGPT(path, verify=False)
+    time = len(ids)
+    first = (time + 1) // 2
+    second = first + time // 3
+    pieces = [(0, first), (first, second), *((t, t + 1) for t in range(second, time))]
+    pieces = [(start, end) for start, end in pieces if start < end]
+    try:
+        at_once = gpt.logits(ids)
+        gpt.reset()
+        logits = [gpt.prefill(ids[start:end]) for start, end in pieces]
+    except RuntimeError as error:
+        raise UserError(f"LiteRT cannot run {path}: {' '.join(str(error).split())}.") from None
+    return Logits(at_once, np.array([end - 1 for _, end in pieces]), np.array(logits))
+
+
+def try_file(path: str | os.PathLike, scheme: str, ids: np.ndarray | None = None) -> Logits | None:
     """Run every signature of a .tflite file once, in a child process.
 
     Args:
         path: the file.
         scheme: its name, for people.
+        ids: tokens `(time,)` to read, with a file of ours.
+
+    Returns:
+        What `read_logits` gives for `ids`, or None without.
 
     Raises:
         UserError: when LiteRT refuses the file, ends the process, or computes NaN or infinity;
@@ -34,15 +79,19 @@ def try_file(path: str | os.PathLike, scheme: str) -> None:
     """
     package = str(Path(__file__).parents[2])
     search = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    child = subprocess.run(
-        [sys.executable, *COMMAND, str(path)],
-        env={**os.environ, "PYTHONPATH": search},
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
-    if child.returncode == 0:
-        return
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("ids.npy", "logits.npz")]
+        if ids is not None:
+            np.save(files[0], ids)
+        child = subprocess.run(
+            [sys.executable, *COMMAND, str(path), *map(str, files if ids is not None else ())],
+            env={**os.environ, "PYTHONPATH": search},
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if child.returncode == 0:
+            return None if ids is None else Logits(**np.load(files[1]))
     begun = [line for line in child.stdout.splitlines() if line.startswith(_BEGUN)]
     where = begun[-1].removeprefix(_BEGUN) if begun else "the start"
     said = [line.strip() for line in child.stderr.splitlines() if line.strip()][-2:]
@@ -74,8 +123,16 @@ def _ending(code: int) -> str:
     return f"the process was ended by signal {-code}" if code < 0 else "an error"
 
 
+def main(path: str, ids: str | None = None, out: str | None = None) -> None:
+    """What the child does."""
+    run_all(Path(path))
+    if out is not None:
+        print(f"{_BEGUN}{len(tokens := np.load(ids))} tokens", flush=True)
+        np.savez(out, **read_logits(path, tokens)._asdict())
+
+
 if __name__ == "__main__":
     try:
-        run_all(Path(sys.argv[1]))
+        main(*sys.argv[1:])
     except (UserError, RuntimeError) as error:
         sys.exit(" ".join(str(error).split()))

@@ -11,13 +11,21 @@ import numpy as np
 from tf_gptopt._errors import UserError
 
 
+def is_batch(prompt: Any) -> bool:
+    """Whether these are several prompts: a list of texts or lists, or an array of two dimensions; a
+    list of integers is one prompt."""
+    if isinstance(prompt, (list, tuple)):
+        return any(isinstance(item, (str, list, tuple, np.ndarray)) for item in prompt)
+    return isinstance(prompt, np.ndarray) and prompt.ndim == 2
+
+
 class Vocabulary:
     """The tokens of a file, and its tokenizer once text comes in or goes out.
 
     Args:
         path: the .tflite file.
         metadata: what it says about itself.
-        tokenizer: default the one that lies beside the file.
+        tokenizer: default the one inside the file, or else beside it.
 
     Raises:
         UserError: for a tokenizer that does not belong to the file.
@@ -25,33 +33,53 @@ class Vocabulary:
 
     def __init__(self, path: Path, metadata: dict[str, Any], tokenizer: Any = None) -> None:
         self.size = metadata["gpt"]["vocab_size"]
-        self._path, self._known = path, metadata["tokenizer"] or {}
+        self._path, self._known = path, dict(metadata["tokenizer"] or {})
         self._tokenizer = None if tokenizer is None else self._check(tokenizer)
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer that was given, or the one beside the file.
+        """The tokenizer that was given, the one inside the file, or the one beside it.
 
         Raises:
             UserError: when there is none, or it is not the one that the model was exported with.
         """
         if self._tokenizer is None:
-            from tf_gptopt.data.tokenizer import Tokenizer
+            from tf_gptopt._tokenizer import Tokenizer
+            from tf_gptopt.tflite.bundle import read_tokenizer
 
-            if not (self._path.parent / "tokenizer.json").is_file():
+            tokenizer = read_tokenizer(self._path)
+            if tokenizer is None and not (self._path.parent / "tokenizer.json").is_file():
                 raise UserError(
-                    f"There is no tokenizer.json beside {self._path}, and text needs one. Copy it "
-                    "there, hand a tokenizer over, or use token ids."
+                    f"There is no tokenizer in {self._path} and no tokenizer.json beside it, and "
+                    "text needs one. Copy it there, hand a tokenizer over, or use token ids."
                 )
-            self._tokenizer = self._check(Tokenizer.load(self._path.parent))
+            self._tokenizer = self._check(tokenizer or Tokenizer.load(self._path.parent))
         return self._tokenizer
 
     @property
     def eot_id(self) -> int | None:
         """The token that ends a text, if the model was exported with a tokenizer or has one."""
         if self._tokenizer is not None:
-            return self._tokenizer.eot_id
+            return getattr(self._tokenizer, "eot_id", None)
         return self._known.get("eot_id")
+
+    def check_same(self, other: Vocabulary) -> None:
+        """
+        Raises:
+            UserError: when a token would not mean the same in `other`, another file's.
+        """
+        if self.size != other.size:
+            raise UserError(
+                f"{self._path} has {self.size} tokens and {other._path} {other.size}: a draft must "
+                "have the target's vocabulary. Distill one from the target."
+            )
+        ours, theirs = (each._known.get("fingerprint") for each in (self, other))
+        if ours and theirs and ours != theirs:
+            raise UserError(
+                f"{self._path} was exported with another tokenizer than {other._path} (fingerprint "
+                f"{ours[:12]} and {theirs[:12]}): a draft must have the target's. Distill one from "
+                "the target."
+            )
 
     def as_ids(self, text: str | Sequence[int]) -> np.ndarray:
         """Text or ids as ids, `(time,)` int32 with at least one.
@@ -59,11 +87,16 @@ class Vocabulary:
         Raises:
             UserError: for no ids, ids outside the vocabulary, and text without a tokenizer.
         """
+        if isinstance(text, str) and not text:
+            raise UserError("There is no text. Begin with any; '<|endoftext|>' begins a document.")
         return self.check_ids(self.tokenizer.encode(text) if isinstance(text, str) else text)
 
     def check_ids(self, ids: Any) -> np.ndarray:
         """Ids as `as_ids` returns them."""
-        array = np.asarray(ids)
+        try:
+            array = np.asarray(ids)
+        except (TypeError, ValueError, OverflowError):  # lists of different lengths
+            array = np.empty(0, object)
         if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
             raise UserError(
                 "A prompt is text or a list of at least one token id. Received: "
@@ -78,6 +111,11 @@ class Vocabulary:
         return array.astype(np.int32)
 
     def _check(self, tokenizer: Any) -> Any:
+        if not all(callable(getattr(tokenizer, name, None)) for name in ("encode", "decode")):
+            raise UserError(
+                "A tokenizer has encode(text) and decode(ids), such as Tokenizer.load(folder). "
+                f"Received: {tokenizer!r}."
+            )
         size = getattr(tokenizer, "vocab_size", None)
         mark = getattr(tokenizer, "fingerprint", None)
         expected = self._known.get("fingerprint")
