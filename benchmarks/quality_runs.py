@@ -26,6 +26,7 @@ from tf_gptopt.compression.quantization.ptq import quantize
 from tf_gptopt.compression.quantization.qat import quantize_aware, strip_quantization
 from tf_gptopt.compression.structured.config import ShrinkConfig
 from tf_gptopt.compression.structured.shrinking import shrink
+from tf_gptopt.evaluation.sensitivity import measure_sensitivity
 from tf_gptopt.evaluation.size import file_bytes
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.recipes.distill_stage import part_of_the_way
@@ -175,6 +176,23 @@ def quantized(lab: Lab, folder: Path, recipe: str, **changes: Any) -> tuple[GPTM
     return quantize(lab.parent, config, lab.calibration), config
 
 
+def mixed(lab: Lab, folder: Path, options: list[str], bytes: float) -> tuple[GPTModel, QuantConfig]:
+    """GPTQ with the bits of each layer that what it costs alone suggests, measured on two batches
+    of the training split; `bytes` as a share of uniform int4."""
+    gptq = QuantConfig.from_recipe("int4-gptq")
+    batches = lab.data.batches("train", lab.scale.batch, seed=5, max_batches=2)
+    table = measure_sensitivity(
+        lab.parent,
+        batches.as_numpy_iterator(),
+        options,
+        lab.calibration,
+        config=gptq,
+        out=folder / "checkpoints" / "sensitivity.json",
+    )
+    config = QuantConfig.from_sensitivity(table, bytes=bytes)
+    return quantize(lab.parent, config, lab.calibration), config
+
+
 def quantized_aware(
     lab: Lab, folder: Path, recipe: str, rate: float = QAT_RATE, **changes: Any
 ) -> tuple[GPTModel, QuantConfig]:
@@ -258,6 +276,8 @@ def runs() -> Iterator[Run]:
         yield Run(f"qat-{recipe}", "quantized, tuned", quantized_aware, {"recipe": recipe})
     for name, changes in PTQ_VARIANTS.items():
         yield Run(f"ptq-{name}", "quantized", quantized, changes)
+    options = ["int8", "int4", "int4:64", "int4:128"]
+    yield Run("ptq-mixed", "quantized", mixed, {"options": options, "bytes": 1.0})
     yield Run("small", "small", small)
     yield Run("small-dense", "small", small_dense, {"like": "small"})
 

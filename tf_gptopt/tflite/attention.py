@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -64,15 +64,19 @@ class Past:
     groups: Sequence[Tensor]
     scales: Tensor | None = None
 
-    def part(self, g: Graph, group: int, first: int) -> Rows:
-        """Those of a group, whose first head is `first`."""
-        values = as_float(g, self.groups[group])
-        heads = values.shape[0] // (self.capacity * self.head_dim)
-        values = g.reshape(values, [heads, self.capacity, self.head_dim])
+    def parts(self, g: Graph) -> Iterator[tuple[int, Tensor]]:
+        """The first head of each group, and its rows `(heads, capacity, head_dim)` float32."""
+        first = 0
+        for group in self.groups:
+            heads = group.shape[0] // (self.capacity * self.head_dim)
+            yield first, g.reshape(as_float(g, group), [heads, self.capacity, self.head_dim])
+            first += heads
+
+    def scale(self, g: Graph, x: Tensor) -> Tensor:
+        """`x` `(all heads, n, capacity)`, multiplied by the scales."""
         if self.scales is None:
-            return Rows(values)
-        scales = g.part(self.scales, first * self.capacity, heads * self.capacity)
-        return Rows(values, g.reshape(scales, [heads, 1, self.capacity]))
+            return x
+        return x * g.reshape(self.scales, [x.shape[0], 1, self.capacity])
 
 
 def heads_at_once(heads: int, capacity: int, head_dim: int, cache: str) -> int:
@@ -180,61 +184,49 @@ def attend(g: Graph, q: Tensor, k: Rows, v: Rows, old: Sequence[Past] | None, m:
     Returns:
         `(heads, n, head_dim)`.
     """
-    head_dim = q.shape[2]
+    heads, n, head_dim = q.shape
     q = q * g.model.constant(np.full(1, head_dim**-0.5, np.float32))
+    new_scores = _scaled(_products(g, q, k.values), k.scales)
+    if m.future is not None:
+        new_scores = new_scores + m.future
     if old is None:
-        scores = _scores(g, q, k, m.future)
-        return _mix(g, g.softmax(scores), v)
-    results, first = [], 0
-    for group in range(len(old[0].groups)):
-        olds = [rows.part(g, group, first) for rows in old]
-        heads = olds[0].values.shape[0]
-        new = [_part(g, rows, first, heads) for rows in (k, v)]
-        results.append(_attend_with_cache(g, g.part(q, first, heads), *new, *olds, m))
-        first += heads
-    return g.concatenate(results, axis=0)
+        return _mix(g, _scaled(g.softmax(new_scores), v.scales), v.values)
+
+    # one softmax over two sets of keys, which are never joined: that would copy the cache
+    old_k, old_v = old
+    scores = g.concatenate(
+        [_products(g, g.part(q, at, keys.shape[0]), keys) for at, keys in old_k.parts(g)], axis=0
+    )
+    scores = old_k.scale(g, scores) + m.past
+    p = g.softmax(g.concatenate([scores, new_scores], axis=2))  # (heads, n, capacity + n)
+    old_p = old_v.scale(g, g.slice(p, [0, 0, 0], [heads, n, old_v.capacity]))
+    new_p = _scaled(g.slice(p, [0, 0, old_v.capacity], [heads, n, n]), v.scales)
+    mixed = g.concatenate(
+        [_mix(g, g.part(old_p, at, rows.shape[0]), rows) for at, rows in old_v.parts(g)], axis=0
+    )
+    return mixed + _mix(g, new_p, v.values)
 
 
-def _attend_with_cache(
-    g: Graph, q: Tensor, k: Rows, v: Rows, old_k: Rows, old_v: Rows, m: Masks
-) -> Tensor:
-    """One softmax over two sets of keys, which are never joined: that would copy the cache."""
+def _products(g: Graph, q: Tensor, keys: Tensor) -> Tensor:
+    """Of queries `(heads, n, head_dim)` and keys `(heads, rows, head_dim)`: `(heads, n, rows)`."""
     heads, n, _ = q.shape
-    capacity = old_k.values.shape[1]
-    scores = [_scores(g, q, old_k, m.past), _scores(g, q, k, m.future)]
-    p = g.softmax(g.concatenate(scores, axis=2))  # (heads, n, capacity + n)
-    old_p = g.slice(p, [0, 0, 0], [heads, n, capacity])
-    new_p = g.slice(p, [0, 0, capacity], [heads, n, n])
-    return _mix(g, old_p, old_v) + _mix(g, new_p, v)
+    if n > 1:
+        return g.matmul(q, keys, transpose_b=True)
+    return g.reshape(g.sum(keys * q, axis=2), [heads, 1, keys.shape[1]])
 
 
-def _scores(g: Graph, q: Tensor, k: Rows, mask: Tensor | None) -> Tensor:
-    """`(heads, n, keys)`."""
-    heads, n, _ = q.shape
-    if n == 1:
-        scores = g.reshape(g.sum(k.values * q, axis=2), [heads, 1, k.values.shape[1]])
-    else:
-        scores = g.matmul(q, k.values, transpose_b=True)
-    if k.scales is not None:
-        scores = scores * k.scales
-    return scores if mask is None else scores + mask
+def _mix(g: Graph, p: Tensor, rows: Tensor) -> Tensor:
+    """The mean of `rows` `(heads, rows, head_dim)`, weighted by p `(heads, n, rows)`."""
+    heads, n, count = p.shape
+    if count == 1:
+        return p * rows
+    if n > 1:
+        return g.matmul(p, rows)
+    return g.sum(rows * g.reshape(p, [heads, count, 1]), axis=1)
 
 
-def _mix(g: Graph, p: Tensor, v: Rows) -> Tensor:
-    """The mean of v's rows, weighted by p `(heads, n, rows)`."""
-    if v.scales is not None:
-        p = p * v.scales
-    heads, n, rows = p.shape
-    if rows == 1:
-        return p * v.values
-    if n == 1:
-        return g.sum(v.values * g.reshape(p, [heads, rows, 1]), axis=1)
-    return g.matmul(p, v.values)
-
-
-def _part(g: Graph, rows: Rows, first: int, count: int) -> Rows:
-    scales = None if rows.scales is None else g.part(rows.scales, first, count)
-    return Rows(g.part(rows.values, first, count), scales)
+def _scaled(x: Tensor, scales: Tensor | None) -> Tensor:
+    return x if scales is None else x * scales
 
 
 def _scale_name(name: str) -> str:
