@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality_bounds import Rows
 from benchmarks.quality_lab import Lab
 from tf_gptopt._files import read_json, write_json
 
-Rows = dict[str, dict[str, Any]]
 ROUNDS, TOKENS = 7, 60
 COLUMNS = (
     "parameters",
@@ -25,88 +24,6 @@ COLUMNS = (
     "KL",
     "decode",
 )
-
-
-def bounds(rows: Rows) -> list[dict[str, Any]]:
-    """What we set out to reach, and what was reached: a row each, where its runs are done."""
-
-    def change(name: str) -> float:
-        return rows[name]["change"]
-
-    def perplexity(name: str) -> float:
-        return rows[name]["perplexity"]
-
-    def better(ours: str, theirs: str) -> float:
-        """By which share our perplexity is lower."""
-        return 1 - perplexity(ours) / perplexity(theirs)
-
-    def students(kind: str) -> float:
-        return statistics.mean(perplexity(f"half-{kind}-{seed}") for seed in (0, 1, 2))
-
-    ladder = ("sparsegpt", "wanda", "magnitude", "random")
-    two_four = [f"{score}-2of4-50%-tuned" for score in ("magnitude", "sparsegpt")]
-    wanted: list[tuple[str, str, Callable[[], tuple[Any, bool]]]] = [
-        (
-            "50% magnitude, schedule and fine-tuning",
-            "perplexity at most +2%",
-            lambda: at_most(change("magnitude-50%-tuned"), 0.02),
-        ),
-        (
-            "2:4, fine-tuned",
-            "at most +4%",
-            lambda: at_most(min(map(change, two_four)), 0.04),
-        ),
-        (
-            "one-shot 50%: SparseGPT < Wanda < magnitude < random",
-            "in this order",
-            lambda: in_order([perplexity(f"{score}-50%") for score in ladder]),
-        ),
-        (
-            "Taylor against magnitude at 70%, fine-tuned alike",
-            "better",
-            lambda: at_least(better("taylor-70%-tuned", "magnitude-70%-tuned"), 0.0),
-        ),
-        (
-            "structured, a third of the parameters gone, distilled",
-            "at most +5%",
-            lambda: at_most(change("third-distilled"), 0.05),
-        ),
-        (
-            "the same file's decoding against the parent's",
-            "at least 1.3x",
-            lambda: at_least(rows["third-distilled"]["decode_ratio"], 1.3),
-        ),
-        (
-            "the same by Minitron rounds against that shape from scratch, same tokens",
-            "better by at least 5%",
-            lambda: at_least(better("third-minitron", "third-scratch"), 0.05),
-        ),
-        (
-            "half the depth distilled against labels alone, same tokens, three seeds",
-            "better by at least 3%",
-            lambda: at_least(1 - students("distilled") / students("labels"), 0.03),
-        ),
-    ]
-    found = []
-    for what, bound, reach in wanted:
-        try:
-            reached, holds = reach()
-        except KeyError:  # a run that is not done yet
-            continue
-        found.append({"what": what, "bound": bound, "reached": reached, "holds": holds})
-    return found
-
-
-def at_most(value: float, limit: float) -> tuple[float, bool]:
-    return round(value, 5), value <= limit
-
-
-def at_least(value: float, limit: float) -> tuple[float, bool]:
-    return round(value, 5), value >= limit
-
-
-def in_order(values: list[float]) -> tuple[list[float], bool]:
-    return values, values == sorted(values) and len(set(values)) == len(values)
 
 
 def time_decoding(lab: Lab, rows: Rows) -> None:
@@ -263,7 +180,7 @@ def _bounds(results: dict[str, Any], words: list[str]) -> list[list[str]]:
 def _reached(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(f"{one:,.1f}" for one in value)
-    return f"{value:.2f}x" if value > 0.75 else f"{value:+.1%}"
+    return f"{value:.2f}x" if value > 0.75 else f"{value:+.2%}"
 
 
 def _yes(holds: bool) -> str:
