@@ -170,17 +170,17 @@ def _parents(results: dict[str, Any], words: list[str]) -> list[list[str]]:
 
 def _bounds(results: dict[str, Any], words: list[str]) -> list[list[str]]:
     lines = [
-        [corpus, bound["what"], bound["bound"], _reached(bound["reached"]), _yes(bound["holds"])]
+        [corpus, bound["what"], bound["bound"], _reached(**bound), _yes(bound["holds"])]
         for corpus, outcome in results.items()
         for bound in outcome["bounds"]
     ]
     return _table(["corpus", "technique", "to reach", "reached", "holds"], lines, text=5)
 
 
-def _reached(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(f"{one:,.1f}" for one in value)
-    return f"{value:.2f}x" if value > 0.75 else f"{value:+.2%}"
+def _reached(reached: Any, bound: str, **_: Any) -> str:
+    if isinstance(reached, list):
+        return ", ".join(f"{one:,.1f}" for one in reached)
+    return f"{reached:.2f}x" if bound.endswith("x") else f"{reached:+.2%}"
 
 
 def _yes(holds: bool) -> str:
