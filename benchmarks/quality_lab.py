@@ -160,8 +160,7 @@ class Lab:
     @cached_property
     def reference_logits(self) -> list[np.ndarray]:
         """The parent's, batch by batch: a gigabyte, which every row would compute anew."""
-        parent = self.parent
-        return [token_logits(parent, inputs) for inputs, _ in self.scored()]
+        return list(token_logits(self.parent, self.scored()))
 
     @cached_property
     def calibration(self) -> np.ndarray:

@@ -74,7 +74,7 @@ def test_distance_from_a_reference(batches, tmp_path):
     assert expected > 0.1
     assert measure_quality(other, batches, model).kl == pytest.approx(expected, rel=1e-4)
     assert measure_quality(model, batches, model).kl == pytest.approx(0, abs=1e-6)
-    known = [token_logits(model, inputs) for inputs, _ in batches]
+    known = token_logits(model, batches)
     assert measure_quality(other, batches, known).kl == pytest.approx(expected, rel=1e-4)
     assert measure_quality(other, batches).kl is None
     export_tflite(other, tmp_path / "m.tflite", QuantConfig("float32"))

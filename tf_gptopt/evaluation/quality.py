@@ -84,9 +84,10 @@ def measure_quality(
     return Quality(total / tokens, tokens, predictions, kl)
 
 
-def token_logits(model: GPTModel | TFLiteGPT, inputs: np.ndarray) -> np.ndarray:
-    """The logits of a batch of ids `(batch, time)`: `(batch, time, vocab_size)` float32."""
-    return np.concatenate([logits for _, logits in _logits_of(model)(inputs)])
+def token_logits(model: GPTModel | TFLiteGPT, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
+    """The logits of each batch's inputs, `(batch, time, vocab_size)` float32."""
+    forward = _whole_logits_of(model)
+    return (forward(inputs) for inputs, _ in batches)
 
 
 def _logits_of(model: GPTModel | TFLiteGPT) -> Callable[[np.ndarray], Iterator[Piece]]:
@@ -100,11 +101,16 @@ def _logits_of(model: GPTModel | TFLiteGPT) -> Callable[[np.ndarray], Iterator[P
     return lambda inputs: iter([(slice(None), predict(tf.constant(inputs, tf.int32)))])
 
 
+def _whole_logits_of(model: GPTModel | TFLiteGPT) -> Callable[[np.ndarray], np.ndarray]:
+    forward = _logits_of(model)
+    return lambda inputs: np.concatenate([logits for _, logits in forward(inputs)])
+
+
 def _reference_logits(reference: Any) -> Callable[[np.ndarray], np.ndarray | None]:
     if reference is None:
         return lambda inputs: None
     if hasattr(reference, "config"):
-        return lambda inputs: token_logits(reference, inputs)
+        return _whole_logits_of(reference)
     known = iter(reference)
     return lambda inputs: next(known)
 

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from tf_gptopt.tflite.child import last_words, run_child
+
 COMMAND = ("-m", "tf_gptopt.tflite.delegation")
 _OPERATORS = 10  # where a subgraph's table says where they are: 4 + 2 x its field's number, 3
 _TIMEOUT = 300  # seconds
@@ -35,17 +37,8 @@ def taken_operations(path: str | os.PathLike) -> tuple[Taken, str | None]:
         By `operation_key`, whether XNNPACK takes such operations; those that were not seen to run
         are left out. And why, when some were not.
     """
-    package = str(Path(__file__).parents[2])
-    search = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     try:
-        child = subprocess.run(
-            [sys.executable, *COMMAND, str(path)],
-            env={**os.environ, "PYTHONPATH": search},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_TIMEOUT,
-        )
+        child = run_child(*COMMAND, str(path), timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:
         return {}, f"LiteRT did not run it in {_TIMEOUT} seconds"
     taken: Taken = {}
@@ -55,8 +48,8 @@ def taken_operations(path: str | os.PathLike) -> tuple[Taken, str | None]:
         return taken, None
     if child.returncode < 0:
         return taken, f"LiteRT ended its process with signal {-child.returncode}"
-    said = [line.strip() for line in child.stderr.splitlines() if line.strip()]
-    return taken, f"LiteRT cannot run it: {said[-1] if said else 'no reason given'}"
+    (said,) = last_words(child) or ["no reason given"]
+    return taken, f"LiteRT cannot run it: {said}"
 
 
 def operations(model: Any, graph: Any) -> Iterator[tuple[str, str, list[int]]]:

@@ -8,7 +8,6 @@ reads these tokens as well. It needs no TensorFlow and takes half a second besid
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tf_gptopt._errors import UserError
+from tf_gptopt.tflite.child import last_words, run_child
 from tf_gptopt.tflite.litert import host_buffer, load_litert, zeros_for
 
 COMMAND = ("-m", "tf_gptopt.tflite.trial")
@@ -77,24 +77,16 @@ def try_file(path: str | os.PathLike, scheme: str, ids: np.ndarray | None = None
         UserError: when LiteRT refuses the file, ends the process, or computes NaN or infinity;
             with the signature, and what LiteRT said.
     """
-    package = str(Path(__file__).parents[2])
-    search = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("ids.npy", "logits.npz")]
         if ids is not None:
             np.save(files[0], ids)
-        child = subprocess.run(
-            [sys.executable, *COMMAND, str(path), *map(str, files if ids is not None else ())],
-            env={**os.environ, "PYTHONPATH": search},
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
+        child = run_child(*COMMAND, str(path), *map(str, files if ids is not None else ()))
         if child.returncode == 0:
             return None if ids is None else Logits(**np.load(files[1]))
     begun = [line for line in child.stdout.splitlines() if line.startswith(_BEGUN)]
     where = begun[-1].removeprefix(_BEGUN) if begun else "the start"
-    said = [line.strip() for line in child.stderr.splitlines() if line.strip()][-2:]
+    said = last_words(child, 2)
     raise UserError(
         f"LiteRT {version('ai-edge-litert')} cannot run a file of the scheme {scheme!r}: "
         f"{_ending(child.returncode)} at {where}. It said: {' | '.join(said) or 'nothing'}. "
