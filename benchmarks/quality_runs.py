@@ -101,15 +101,16 @@ def pruned(lab: Lab, folder: Path, **config: Any) -> GPTModel:
     return strip_pruning(prune(lab.parent, config, lab.calibration))
 
 
-def pruned_and_tuned(lab: Lab, folder: Path, **config: Any) -> GPTModel:
+def pruned_and_tuned(lab: Lab, folder: Path, taught: bool = False, **config: Any) -> GPTModel:
     """Along the cubic schedule over a third of the training; SparseGPT, which moves weights when
-    it removes others, at its beginning."""
+    it removes others, at its beginning. `taught` by the parent, or on the labels alone."""
     schedule = "constant" if config.get("score") == "sparsegpt" else "cubic"
     steps, seed = lab.scale.tune_steps, lab.scale.seed
     end = steps // 3
     config = PruneConfig(schedule=schedule, end_step=end, frequency=5, seed=seed, **config)
     sparse = prune(lab.parent, config, lab.calibration)
-    lab.fit(sparse, steps, TUNE_RATE, folder, pruning_callbacks(sparse))
+    trained = Distiller(sparse, lab.parent) if taught else sparse
+    lab.fit(trained, steps, TUNE_RATE, folder, pruning_callbacks(sparse))
     return strip_pruning(sparse)
 
 
@@ -268,6 +269,10 @@ def runs() -> Iterator[Run]:
         for signal in ("distilled", "labels"):
             yield _half(signal, seed)
     yield Run("continued-long", "structured, tuned", continued, {"times": 2})
+    for score, pattern in (("magnitude", "unstructured"), ("sparsegpt", "2:4")):
+        row = _prune(score, 0.5, pattern=pattern)
+        name = row.name.replace("tuned", "taught")
+        yield dataclasses.replace(row, name=name, settings={**row.settings, "taught": True})
 
     for recipe in RECIPES:
         if recipe not in ("float32", "float16"):

@@ -121,7 +121,8 @@ def _line(name: str, row: dict[str, Any]) -> str:
         return row["group"] if row["group"].startswith("structured") else name.rsplit("-", 1)[0]
     kind = [row["score"], row["pattern"] * (row["pattern"] != "unstructured")]
     kind.append(row["scope"] * (row["scope"] == "global"))
-    return f"{' '.join(filter(None, kind))}, {row['group']}"
+    group = "tuned, taught" if row.get("taught") else row["group"]
+    return f"{' '.join(filter(None, kind))}, {group}"
 
 
 def fill(text: str, results: dict[str, Any]) -> str:

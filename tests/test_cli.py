@@ -67,6 +67,8 @@ def test_mistakes_in_values():
     assert_mistake(tf_gptopt("generate"), "prompt")
     assert_mistake(tf_gptopt("generate", "x", "--logit-bias", "13"), "13:-2.5", "Received: '13'")
     assert_mistake(tf_gptopt("generate", "x", "--min-p", "2"), "min_p must be in (0, 1]")
+    assert_mistake(tf_gptopt("generate", "x", "--overflow", "slid"), "Did you mean 'slide'")
+    assert_mistake(tf_gptopt("generate", "x", "--keep", "4"), 'overflow="slide"')
     assert_mistake(tf_gptopt("generate", "nowhere.tflite", "x"), "nowhere.tflite")
     assert_mistake(tf_gptopt("evaluate", "nowhere", "--dataset", "x"), "nowhere does not exist")
 

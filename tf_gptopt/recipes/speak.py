@@ -26,6 +26,8 @@ def stream_completion(
     stop: Sequence[str] | None = None,
     threads: int | None = None,
     draft: str | Path | None = None,
+    overflow: str = "stop",
+    keep: int = 0,
     **options: Unpack[SamplingOptions],
 ) -> Iterator[str]:
     """Pieces of text that continue `prompt`, as they are generated.
@@ -39,6 +41,8 @@ def stream_completion(
         stop: strings that end the text.
         threads: processor threads; default all.
         draft: `"lookup"` or a small .tflite file that guesses ahead, see `Conversation.generate`.
+        overflow, keep: of a .tflite file: what happens when the context is full, see
+            `Conversation.generate`.
         **options: how tokens are chosen, see `models.choosing.SamplingOptions`; default greedy.
 
     Raises:
@@ -58,12 +62,20 @@ def stream_completion(
         from tf_gptopt.tflite.runtime import TFLiteGPT
 
         yield from TFLiteGPT(path, threads=threads).stream(
-            prompt, max_new_tokens, seed=seed, stop=stop, draft=draft, **options
+            prompt,
+            max_new_tokens,
+            seed=seed,
+            stop=stop,
+            draft=draft,
+            overflow=overflow,
+            keep=keep,
+            **options,
         )
         return
-    if draft is not None:
+    if draft is not None or overflow != "stop" or keep:
         raise UserError(
-            f"Drafts are for .tflite files, and {path} holds Keras weights. Export them first."
+            f"Drafts and a sliding context are for .tflite files, and {path} holds Keras weights. "
+            "Export them first."
         )
     load_tensorflow()
     from tf_gptopt.models import checkpoints, generation
