@@ -139,11 +139,21 @@ def test_the_docs_quote_what_was_measured():
     for name, case in results("pruning")["solve"].items():
         assert f"| {name} | {case['seconds']:.0f} | {case['peak_mb']:,} MB |" in text
     text = (ROOT / "docs" / "distillation.md").read_text("utf-8")
-    found = results("distillation")["base"]
-    for name, case in found["cases"].items():
-        row = f"| {name} | {case['ratio']['median']:.2f}x | {case['tokens_per_second']:,.0f} |"
-        assert row in text, name
-    assert f"{found['cache']['tokens_per_second']:,} tokens/s" in text
+    base, large = results("distillation")["base"], results("distillation")["gpt2"]
+    for name in base["cases"]:
+        cases = [found["cases"][name] for found in (base, large)]
+        cells = [f"{c['ratio']['median']:.2f}x | {c['tokens_per_second']:,.0f}" for c in cases]
+        assert f"| {name} | {' | '.join(cells)} |" in text
+    for found in (base, large):
+        assert f"{found['cache']['tokens_per_second']:,} tokens/s" in text
+    text = (ROOT / "docs" / "quantization.md").read_text("utf-8")
+    for name, case in results("quantization").items():
+        seconds = case.get("quantize_seconds")
+        start = f"| {name} | {'-' if seconds is None else f'{seconds:.0f}'} |"
+        end = f"{case['peak_mb']:,} MB | {case['file_mb']:.1f} |"
+        assert f"{start} {case['export_seconds']:.0f} | {end}" in text
+    for task, rivals in ((n, o["ratios"]) for n, o in results("train").items() if "qat" in n):
+        assert f"{1 / rivals['ours, not quantizing']['median']:.2f} times" in text, task
 
 
 def test_the_tables_of_quality_are_the_measured_ones():

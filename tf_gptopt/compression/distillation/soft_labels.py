@@ -164,9 +164,8 @@ def _terms(
     if divergence == "reverse":
         terms = q * (log_q - log_p)
         return terms, terms
-    from_p, from_q = math.log(beta) + log_p, math.log(1.0 - beta) + log_q
-    larger = tf.maximum(from_p, from_q)
-    log_m = larger + tf.math.log1p(tf.exp(tf.minimum(from_p, from_q) - larger))
+    # where both are too small for a float, what the logarithm is multiplied with is zero
+    log_m = tf.math.log(tf.maximum(beta * p + (1.0 - beta) * q, _LEAST))
     of_q = (1.0 - beta) * q * (log_q - log_m)
     return beta * p * (log_p - log_m) + of_q, of_q
 
