@@ -27,14 +27,14 @@ COLUMNS = (
 
 
 def time_decoding(lab: Lab, rows: Rows) -> None:
-    """Adds `decode` (tokens per second) and `decode_ratio` (to the parent's int8 file, in turns) to
-    the rows. Files of one shape and scheme take the same time, whatever their weights are, so each
-    is timed once and kept."""
+    """Adds `decode` (tokens per second, on one thread: a second one gains models of this size 4%)
+    and `decode_ratio` (to the parent's int8 file, in turns) to the rows. Files of one shape and
+    scheme take the same time, whatever their weights are, so each is timed once and kept."""
     from tf_gptopt.evaluation.speed import measure_speed
     from tf_gptopt.tflite.runtime import TFLiteGPT
 
     def runtime(name: str) -> Any:
-        return TFLiteGPT(lab.folder / name / "model.tflite")
+        return TFLiteGPT(lab.folder / name / "model.tflite", threads=1)
 
     if "parent" not in rows:
         return

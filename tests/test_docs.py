@@ -138,6 +138,10 @@ def test_the_docs_quote_what_was_measured():
         assert f"| {kind} | {' | '.join(shown)} |" in text
     for name, case in results("pruning")["solve"].items():
         assert f"| {name} | {case['seconds']:.0f} | {case['peak_mb']:,} MB |" in text
+    for name, found in results("shrinking")["measured"].items():
+        sizes = f"{found['parameters'] / 1e6:.1f} M | {found['bytes'] / 1e6:.1f}"
+        speed, ratio = (found[key]["median"] for key in ("tokens_per_second", "ratio"))
+        assert f"| {name} | {sizes} | {speed:.0f} | {ratio:.2f}x |" in text
     text = (ROOT / "docs" / "distillation.md").read_text("utf-8")
     base, large = results("distillation")["base"], results("distillation")["gpt2"]
     for name in base["cases"]:
