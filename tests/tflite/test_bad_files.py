@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from tf_gptopt._errors import UserError
 from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.models.choosing import SamplingOptions
 from tf_gptopt.tflite.convert import export_tflite
-from tf_gptopt.tflite.metadata import seal
+from tf_gptopt.tflite.metadata import seal, start_reading
 from tf_gptopt.tflite.runtime import TFLiteGPT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -108,6 +109,34 @@ def test_a_file_that_says_something_else_about_itself_is_refused(path, tmp_path,
         TFLiteGPT(tmp_path / "changed.tflite", threads=1)
 
 
+def test_damage_among_the_numbers_is_noticed_while_litert_loads(tmp_path, tiny_model):
+    """A large table is compared beside the loading, and what loads then is not handed out."""
+    path, cache = tmp_path / "model.tflite", tmp_path / "cache"
+    export_tflite(tiny_model(vocab_size=3000), path, QuantConfig("float32"))
+    content = path.read_bytes()
+    inside = _middle_of_the_largest_buffer(content)
+    damaged = bytearray(content)
+    damaged[inside] ^= 1
+    path.write_bytes(damaged)
+    values, verification = start_reading(path)
+    assert values["gpt"]["vocab_size"] == 3000
+    with pytest.raises(UserError, match="damaged"):
+        verification.wait()
+    for folder in (None, cache):
+        with pytest.raises(UserError, match="damaged"):
+            TFLiteGPT(path, weight_cache=folder)
+    assert not list(cache.iterdir())  # nothing is kept under the name of what it should have been
+
+    for place in (40, len(content) - 40):  # the structure, at both ends of the file
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            start_reading(path)
+    path.write_bytes(content)
+    assert len(TFLiteGPT(path, weight_cache=cache).generate([1, 2], 3)) == 5
+
+
 def test_a_file_may_be_replaced_while_it_is_in_use(path, tmp_path, tiny_model):
     copy = Path(shutil.copy(path, tmp_path / "model.tflite"))
     gpt = TFLiteGPT(copy, threads=1)
@@ -117,6 +146,13 @@ def test_a_file_may_be_replaced_while_it_is_in_use(path, tmp_path, tiny_model):
     assert TFLiteGPT(copy, threads=1).generate([1, 2, 3], 20) != expected
     copy.unlink()
     assert gpt.generate([1, 2, 3], 20) == expected
+
+
+def _middle_of_the_largest_buffer(content):
+    model = schema.Model.GetRootAsModel(content, 0)
+    buffers = (model.Buffers(i).DataAsNumpy() for i in range(model.BuffersLength()))
+    largest = max((b for b in buffers if not isinstance(b, int)), key=len)
+    return content.index(largest.tobytes()) + len(largest) // 2
 
 
 def test_what_is_no_file_is_refused(path, tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 
 from tf_gptopt._errors import UserError, suggest
 
-Sampler = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+Sampler = Callable[[np.ndarray, "np.random.Generator"], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

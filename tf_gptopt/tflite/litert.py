@@ -11,7 +11,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,11 @@ ALIGNMENT = 64  # bytes: what LiteRT wants of host memory that it reads in place
 
 
 def load_litert(
-    path: Path, threads: int, sha256: str, weight_cache: str | os.PathLike | None = None
+    path: Path,
+    threads: int,
+    sha256: str,
+    weight_cache: str | os.PathLike | None = None,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> CompiledModel:
     """Load a .tflite file on the CPU.
 
@@ -39,6 +42,8 @@ def load_litert(
         threads: processor threads.
         sha256: of the file: a name for its content.
         weight_cache: a folder to keep the packed weights in; None keeps them in memory.
+        before_writing: called before weights are packed into that folder, under the name of
+            `sha256`: raises if that is not what the file holds.
 
     Raises:
         UserError: when LiteRT refuses the file.
@@ -48,7 +53,7 @@ def load_litert(
     options.cpu_options.xnnpack_weight_cache_path = ":memory"
     with contextlib.ExitStack() as stack:
         if weight_cache is not None:
-            file = stack.enter_context(_cache_file(Path(weight_cache), sha256))
+            file = stack.enter_context(_cache_file(Path(weight_cache), sha256, before_writing))
             options.cpu_options.xnnpack_weight_cache_path = str(file)
         log = stack.enter_context(_native_output())
         try:
@@ -57,7 +62,7 @@ def load_litert(
             lines = [line for line in log().splitlines() if "ERROR" in line]
             reason = " ".join([str(error).splitlines()[0], *lines[:1]])
             raise UserError(
-                f"LiteRT {version('ai-edge-litert')} cannot load {path} ({reason}). Export it "
+                f"LiteRT {_version()} cannot load {path} ({reason}). Export it "
                 "again, or upgrade with `pip install -U ai-edge-litert`."
             ) from None
 
@@ -105,6 +110,12 @@ def host_buffer(array: np.ndarray) -> TensorBuffer:
     return TensorBuffer.create_from_host_memory(array.reshape(-1))
 
 
+def _version() -> str:
+    from importlib.metadata import version  # 15 ms, for e-mail headers
+
+    return version("ai-edge-litert")
+
+
 @functools.cache
 def _environment() -> Environment:
     folder = os.path.dirname(os.path.abspath(ai_edge_litert.__file__))
@@ -141,7 +152,7 @@ def _native_output() -> Iterator[Callable[[], str]]:
 
 
 @contextlib.contextmanager
-def _cache_file(folder: Path, sha256: str) -> Iterator[Path]:
+def _cache_file(folder: Path, sha256: str, before_writing: Callable[[], None]) -> Iterator[Path]:
     """The packed weights' file for this content and this LiteRT: whole, or one to be written.
 
     A new one gets its name only when it is complete. The mapping survives the renaming.
@@ -156,10 +167,11 @@ def _cache_file(folder: Path, sha256: str) -> Iterator[Path]:
         ) from None
     os.close(handle)
     os.unlink(name)  # XNNPACK takes an existing file for a finished one
-    final = folder / f"{sha256[:16]}-{version('ai-edge-litert')}.xnnpack"
+    final = folder / f"{sha256[:16]}-{_version()}.xnnpack"
     if final.is_file():
         yield final
         return
+    before_writing()
     try:
         yield Path(name)
         if Path(name).is_file():  # on a full disk XNNPACK does without

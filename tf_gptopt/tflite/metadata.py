@@ -1,8 +1,11 @@
 """What a .tflite file of ours says about itself, and how it shows that it is whole.
 
-Two metadata buffers: `tf_gptopt.json` holds all that the runtime needs besides the tokenizer, and
-`tf_gptopt.sha256` the SHA-256 of the file with these 32 bytes at zero. A flipped byte in a .tflite
-file mostly goes unnoticed and changes what the model says; the checksum notices.
+Three metadata buffers: `tf_gptopt.json` holds all that the runtime needs besides the tokenizer,
+`tf_gptopt.sha256` the SHA-256 of the file with these 32 bytes at zero, and
+`tf_gptopt.structure.sha256` that of all but the content of large buffers, with both at zero. A
+flipped byte in a .tflite file mostly goes unnoticed and changes what the model says; the checksum
+notices. Flipped where numbers are, it does no more than that; in the structure it may crash LiteRT.
+So the structure is compared before LiteRT sees a file, and the rest while LiteRT loads it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import hashlib
 import json
 import mmap
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,9 @@ from tf_gptopt.tflite.flatbuffer import Model
 FORMAT_VERSION = 3  # the newest that this version reads
 _JSON = b"tf_gptopt.json"
 _CHECKSUM = b"tf_gptopt.sha256"
+_STRUCTURE = b"tf_gptopt.structure.sha256"
 _DIGEST_BYTES = 32
+_LARGE_BUFFER = 2**16  # bytes: what is no structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +85,23 @@ def add_metadata(model: Model, values: dict[str, Any]) -> None:
     has_groups = any(bucket.get("group") for bucket in values["buckets"])
     values = {"format_version": 3 if has_groups else 2 if has_integers else 1, **values}
     model.metadata(_JSON.decode(), json.dumps(values).encode())
-    model.metadata(_CHECKSUM.decode(), bytes(_DIGEST_BYTES))
+    for name in (_CHECKSUM, _STRUCTURE):
+        model.metadata(name.decode(), bytes(_DIGEST_BYTES))
 
 
 def seal(data: bytearray | mmap.mmap) -> str:
-    """Fill the checksum in, over an earlier one too; returns it in hexadecimal."""
-    at = _offset(data, _buffers(data)[_CHECKSUM])
-    data[at : at + _DIGEST_BYTES] = bytes(_DIGEST_BYTES)
+    """Fill both checksums in, over earlier ones too; returns that of the file in hexadecimal."""
+    buffers = _buffers(data)
+    places = {n: _offset(data, buffers[n]) for n in (_CHECKSUM, _STRUCTURE) if n in buffers}
+    large = _large_buffers(data)
+    del buffers
+    for at in places.values():
+        data[at : at + _DIGEST_BYTES] = bytes(_DIGEST_BYTES)
+    if _STRUCTURE in places:  # not in files of earlier versions
+        at = places[_STRUCTURE]
+        data[at : at + _DIGEST_BYTES] = _structure_digest(data, large)
     digest = hashlib.sha256(data).digest()
+    at = places[_CHECKSUM]
     data[at : at + _DIGEST_BYTES] = digest
     return digest.hex()
 
@@ -100,6 +115,39 @@ def seal_file(path: str | os.PathLike) -> str:
     return digest
 
 
+class Verification:
+    """Compares the checksum of a whole file, in a thread of its own.
+
+    `wait` raises `DamagedFile` when it does not fit. As a context manager it waits at the end, and
+    tells of the damage rather than of what the damage led to.
+    """
+
+    def __init__(self, path: Path, data: mmap.mmap | None = None, stored: bytes = b"") -> None:
+        """`data` is the file with the checksum at zero; None compares nothing."""
+        self._path, self._data, self._stored = path, data, stored
+        self._fits = data is None
+        self._thread = threading.Thread(target=self._compare, daemon=True)
+        if data is not None:
+            self._thread.start()
+
+    def _compare(self) -> None:
+        # one call for the whole file: LiteRT, loading it meanwhile, may hold Python's lock
+        self._fits = hashlib.sha256(self._data).digest() == self._stored
+
+    def wait(self) -> None:
+        if self._data is not None:
+            self._thread.join()
+            self._data = None
+        if not self._fits:
+            raise _damaged(self._path)
+
+    def __enter__(self) -> Verification:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+
+
 def read_metadata(path: str | os.PathLike, verify: bool = True) -> dict[str, Any]:
     """The values that `add_metadata` attached, with `"sha256"` (in hexadecimal) beside them.
 
@@ -110,6 +158,20 @@ def read_metadata(path: str | os.PathLike, verify: bool = True) -> dict[str, Any
         UserError: when the file is absent, no .tflite file, of another maker, of a newer format or
             damaged.
     """
+    values, verification = start_reading(path, verify)
+    verification.wait()
+    return values
+
+
+def start_reading(
+    path: str | os.PathLike, verify: bool = True
+) -> tuple[dict[str, Any], Verification]:
+    """As `read_metadata`, with the comparison of the checksum still going on. LiteRT does not crash
+    on the file, but what it computes counts only after `wait`.
+
+    Raises:
+        UserError: as `read_metadata`, for damage to the structure.
+    """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder. Name the .tflite file in it.")
@@ -119,7 +181,7 @@ def read_metadata(path: str | os.PathLike, verify: bool = True) -> dict[str, Any
         with open(path, "rb") as file:
             start = file.read(8)
             # never closed by hand: numpy's views keep the mapping for as long as they look at it
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if start else b""
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if start else b""
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}). Copy it to where it can.") from None
     if start[4:] != b"TFL3":
@@ -127,17 +189,19 @@ def read_metadata(path: str | os.PathLike, verify: bool = True) -> dict[str, Any
     return _read(path, data, verify)
 
 
-def _read(path: Path, data: mmap.mmap, verify: bool) -> dict[str, Any]:
-    view = memoryview(data)
+def _read(path: Path, data: mmap.mmap, verify: bool) -> tuple[dict[str, Any], Verification]:
     try:
-        buffers = _buffers(view)
+        buffers = _buffers(data)
         if _JSON not in buffers or _CHECKSUM not in buffers:
             raise ForeignFile(
                 f"{path} is a .tflite file, but not one that tf_gptopt wrote: it does not say how "
                 "its cache works. Export the model with export_tflite."
             )
         values = json.loads(buffers[_JSON].tobytes())
-        stored, at = buffers[_CHECKSUM].tobytes(), _offset(view, buffers[_CHECKSUM])
+        names = [name for name in (_CHECKSUM, _STRUCTURE) if name in buffers]
+        stored = {name: buffers[name].tobytes() for name in names}
+        places = {name: _offset(data, buffers[name]) for name in names}
+        large = _large_buffers(data) if verify else []
         del buffers
         version = int(values["format_version"])
     except UserError:
@@ -149,13 +213,21 @@ def _read(path: Path, data: mmap.mmap, verify: bool) -> dict[str, Any]:
             f"{path} has format {version}, and this version of tf_gptopt reads up to "
             f"{FORMAT_VERSION}. Update tf_gptopt, or export the model with this version."
         )
-    if verify:
-        hasher = hashlib.sha256(view[:at])
-        hasher.update(bytes(_DIGEST_BYTES))
-        hasher.update(view[at + _DIGEST_BYTES :])
-        if hasher.digest() != stored:
+    values["sha256"] = stored[_CHECKSUM].hex()
+    if not verify:
+        return values, Verification(path)
+    at = places[_CHECKSUM]
+    data[at : at + _DIGEST_BYTES] = bytes(_DIGEST_BYTES)  # of our copy of this page
+    if _STRUCTURE in stored:
+        at = places[_STRUCTURE]
+        data[at : at + _DIGEST_BYTES] = bytes(_DIGEST_BYTES)
+        if _structure_digest(data, large) != stored[_STRUCTURE]:
             raise _damaged(path)
-    return {**values, "sha256": stored.hex()}
+        data[at : at + _DIGEST_BYTES] = stored[_STRUCTURE]
+    verification = Verification(path, data, stored[_CHECKSUM])
+    if _STRUCTURE not in stored:  # a file of an earlier version
+        verification.wait()
+    return values, verification
 
 
 def _buffers(data: Any) -> dict[bytes, np.ndarray]:
@@ -166,6 +238,29 @@ def _buffers(data: Any) -> dict[bytes, np.ndarray]:
         entry = model.Metadata(i)
         found[entry.Name()] = model.Buffers(entry.Buffer()).DataAsNumpy()
     return found
+
+
+def _large_buffers(data: Any) -> list[tuple[int, int]]:
+    """Where the content of each large buffer begins and ends, in the file's order."""
+    model = schema.Model.GetRootAsModel(data, 0)
+    found = []
+    for i in range(model.BuffersLength()):
+        size = model.Buffers(i).DataLength()
+        if size >= _LARGE_BUFFER:
+            at = _offset(data, model.Buffers(i).DataAsNumpy())
+            found.append((at, at + size))
+    return sorted(found)
+
+
+def _structure_digest(data: Any, large: list[tuple[int, int]]) -> bytes:
+    """SHA-256 of what lies between the large buffers, and of where these are."""
+    view, hasher, done = memoryview(data), hashlib.sha256(), 0
+    for start, end in large:
+        hasher.update(view[done : max(start, done)])
+        hasher.update(f"{start} {end} ".encode())
+        done = max(end, done)
+    hasher.update(view[done:])
+    return hasher.digest()
 
 
 def _offset(data: Any, view: np.ndarray) -> int:
