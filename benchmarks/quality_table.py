@@ -89,28 +89,46 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def plot(corpus: str, outcome: dict[str, Any], folder: Path) -> None:
-    """`quality-CORPUS.svg`: perplexity against the size of the packed int8 file, a line for each
-    technique."""
+    """`quality-CORPUS.svg`: perplexity against the size of the packed file. On the left a line for
+    each way to remove weights, through its sparsities; on the right a point for each way to store
+    them, and for `small`, which does both."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "quality", "font.size": 9})
     import matplotlib.pyplot as plt
 
-    lines: dict[str, list[tuple[float, float]]] = {}
+    parent = outcome["rows"]["parent"]["perplexity"]
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    stored, removed = {}, {}
     for name, row in outcome["rows"].items():
-        point = row["gzip_bytes"] / 1e6, row["perplexity"]
-        lines.setdefault(_line(name, row), []).append(point)
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    ceiling = 2 * outcome["rows"]["parent"]["perplexity"]
-    for label, points in sorted(lines.items()):
-        shown = [point for point in sorted(points) if point[1] <= ceiling]
-        if shown:
-            style = "--" if "one-shot" in label else "-"
-            axes.plot(*zip(*shown, strict=True), style, marker="o", markersize=3, label=label)
-    axes.set(xlabel="int8 .tflite file after gzip, MB", ylabel="perplexity", title=corpus)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2)
+        if name == "early":  # not what anything starts from
+            continue
+        is_stored = row["group"] in ("parent", "quantized", "quantized, tuned", "small")
+        label = name if is_stored else _line(name, row)
+        points = (stored if is_stored else removed).setdefault(label, [])
+        points.append((row["gzip_bytes"] / 1e6, row["perplexity"]))
+    for axes, lines, ceiling in zip(panels, (removed, stored), (2, 1.3), strict=True):
+        for number, (label, points) in enumerate(sorted(lines.items())):
+            shown = [point for point in sorted(points) if point[1] <= ceiling * parent]
+            if shown:
+                style = "--" if "one-shot" in label else "-" if "tuned" in label else ""
+                marker, fill = "osD^vP"[number // 10 % 6], "none" if "ptq" in label else "full"
+                axes.plot(
+                    *zip(*shown, strict=True),
+                    style,
+                    color=f"C{number % 10}",
+                    marker=marker,
+                    markersize=4,
+                    fillstyle=fill,
+                    label=label,
+                )
+        axes.axhline(parent, color="gray", linewidth=0.7)
+        axes.set(xlabel=".tflite file after gzip, MB", ylabel="perplexity")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=6, ncols=2)
+    panels[0].set_title(f"{corpus}: weights removed, int8")
+    panels[1].set_title(f"{corpus}: weights stored in fewer bits")
     figure.savefig(folder / f"quality-{corpus}.svg", metadata={"Date": None})
     plt.close(figure)
 
@@ -118,9 +136,10 @@ def plot(corpus: str, outcome: dict[str, Any], folder: Path) -> None:
 def _line(name: str, row: dict[str, Any]) -> str:
     """The line that a run is a point of: its name without the sparsity."""
     if "score" not in row:
-        return row["group"] if row["group"].startswith("structured") else name.rsplit("-", 1)[0]
+        first, _, last = name.rpartition("-")
+        return {"half depth": first, "structured": f"shrunk by {last}"}.get(row["group"], name)
     kind = [row["score"], row["pattern"] * (row["pattern"] != "unstructured")]
-    kind.append(row["scope"] * (row["scope"] == "global"))
+    kind.append(row["scope"] * (row["scope"] != "layer"))
     group = "tuned, taught" if row.get("taught") else row["group"]
     return f"{' '.join(filter(None, kind))}, {group}"
 
