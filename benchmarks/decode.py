@@ -5,6 +5,7 @@
     python benchmarks/decode.py --threads 1
     python benchmarks/decode.py --preset gpt2-medium
     python benchmarks/decode.py --cache             # keeps the weights packed on disk (TFLiteGPT)
+    python benchmarks/decode.py --loading           # that part of an earlier result anew
 
 Each engine lives in a process of its own and they work in turn, so that other work on the machine
 hits all; what counts is the median of the rounds' ratios. Tokens are chosen greedily, which is part
@@ -166,16 +167,27 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cache", action="store_true", help="with TFLiteGPT's weight_cache")
+    parser.add_argument("--loading", action="store_true", help="time and memory of loading alone")
     parser.add_argument("--folder", type=Path, help="keep the models here (default: temporary)")
     options = parser.parse_args()
 
     load, threads = round(os.getloadavg()[0], 1), options.threads
+    path = RESULTS / "decode.json"
+    runs = read_json(path) if path.is_file() else {}
+    name = f"{options.preset}, {threads} thread{'s' * (threads > 1)}"
+    name += ", weight cache" * options.cache
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder = folder / options.preset
         folder.mkdir(parents=True, exist_ok=True)
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # TensorFlow ends with it
             sizes, config = pool.apply(prepare, (folder, options.preset))
+        if options.loading:
+            runs[name]["loading"] = loading(folder, threads, min(options.rounds, 5))
+            runs[name]["loading_machine"] = machine()
+            write_json(path, runs)
+            show(runs[name])
+            return 0
         roof = bandwidth(threads)
         with contextlib.ExitStack() as running:
             measures = {
@@ -199,12 +211,9 @@ def main() -> int:
             "position_64_of_1024_over_128": capacity_cost(folder, threads, options.rounds),
             "loading": loading(folder, threads, min(options.rounds, 5)),
         }
-    show(result)
-    path = RESULTS / "decode.json"
-    runs = read_json(path) if path.is_file() else {}
-    name = f"{options.preset}, {threads} thread{'s' * (threads > 1)}"
-    write_json(path, {**runs, name + ", weight cache" * options.cache: result})
+    write_json(path, {**runs, name: result})
     print(f"wrote {path}")
+    show(result)
     return 0
 
 

@@ -52,31 +52,29 @@ PART = 10_000  # tokens to a line of the soak
 
 
 def write_bases(folder: Path) -> list[Path]:
-    """Small files of each kind of weights and cache; the table of one is large, as its content is
-    compared only while LiteRT loads a file."""
+    """Small files of each kind of weights and cache."""
     from tf_gptopt.compression.quantization.config import QuantConfig
     from tf_gptopt.models.checkpoints import weight_shapes
     from tf_gptopt.models.config import GPTConfig
     from tf_gptopt.tflite.convert import build_tflite
 
+    config = GPTConfig(61, 32, 2, 2, max_sequence_length=32)
     rng = np.random.default_rng(0)
+    weights = {
+        name: rng.normal(name.endswith("gamma"), 0.2, shape).astype(np.float32)
+        for name, shape in weight_shapes(config).items()
+    }
     paths = []
-    for quant, vocab_size in (
-        (QuantConfig("float32"), 61),
-        (QuantConfig("int8"), 61),
-        (QuantConfig("int8"), 4096),
-        (QuantConfig("int4"), 61),
-        (QuantConfig(kv_cache="int8"), 61),
+    for quant in (
+        QuantConfig("float32"),
+        QuantConfig("int8"),
+        QuantConfig("int4"),
+        QuantConfig(kv_cache="int8"),
     ):
-        config = GPTConfig(vocab_size, 32, 2, 2, max_sequence_length=32)
-        weights = {
-            name: rng.normal(name.endswith("gamma"), 0.2, shape).astype(np.float32)
-            for name, shape in weight_shapes(config).items()
-        }
         data, _ = build_tflite(
             config, weights, quant, prefill_lengths=[8], decode_capacities=[16, 32]
         )
-        paths.append(folder / f"{quant.name}, {vocab_size} tokens.tflite")
+        paths.append(folder / f"{quant.name}.tflite")
         paths[-1].write_bytes(data)
     return paths
 

@@ -109,8 +109,9 @@ def test_a_file_that_says_something_else_about_itself_is_refused(path, tmp_path,
         TFLiteGPT(tmp_path / "changed.tflite", threads=1)
 
 
-def test_damage_among_the_numbers_is_noticed_while_litert_loads(tmp_path, tiny_model):
-    """A large table is compared beside the loading, and what loads then is not handed out."""
+def test_damage_among_the_numbers_is_noticed(tmp_path, tiny_model):
+    """A large table is compared beside the loading of packed weights, and what loads then is not
+    handed out."""
     path, cache = tmp_path / "model.tflite", tmp_path / "cache"
     export_tflite(tiny_model(vocab_size=3000), path, QuantConfig("float32"))
     content = path.read_bytes()
@@ -135,6 +136,11 @@ def test_damage_among_the_numbers_is_noticed_while_litert_loads(tmp_path, tiny_m
             start_reading(path)
     path.write_bytes(content)
     assert len(TFLiteGPT(path, weight_cache=cache).generate([1, 2], 3)) == 5
+    damaged = bytearray(content)
+    damaged[inside] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="damaged"):  # though the cache has what it should be
+        TFLiteGPT(path, weight_cache=cache)
 
 
 def test_a_file_may_be_replaced_while_it_is_in_use(path, tmp_path, tiny_model):

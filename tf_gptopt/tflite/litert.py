@@ -31,7 +31,7 @@ def load_litert(
     threads: int,
     sha256: str,
     weight_cache: str | os.PathLike | None = None,
-    before_writing: Callable[[], None] = lambda: None,
+    before_packing: Callable[[], None] = lambda: None,
 ) -> CompiledModel:
     """Load a .tflite file on the CPU.
 
@@ -42,8 +42,8 @@ def load_litert(
         threads: processor threads.
         sha256: of the file: a name for its content.
         weight_cache: a folder to keep the packed weights in; None keeps them in memory.
-        before_writing: called before weights are packed into that folder, under the name of
-            `sha256`: raises if that is not what the file holds.
+        before_packing: called before weights are packed, which is not done when that folder has
+            them. Raises if the file is not the one of this `sha256`.
 
     Raises:
         UserError: when LiteRT refuses the file.
@@ -53,8 +53,10 @@ def load_litert(
     options.cpu_options.xnnpack_weight_cache_path = ":memory"
     with contextlib.ExitStack() as stack:
         if weight_cache is not None:
-            file = stack.enter_context(_cache_file(Path(weight_cache), sha256, before_writing))
+            file = stack.enter_context(_cache_file(Path(weight_cache), sha256, before_packing))
             options.cpu_options.xnnpack_weight_cache_path = str(file)
+        else:
+            before_packing()
         log = stack.enter_context(_native_output())
         try:
             return CompiledModel.from_file(str(path), environment=_environment(), options=options)
@@ -152,7 +154,7 @@ def _native_output() -> Iterator[Callable[[], str]]:
 
 
 @contextlib.contextmanager
-def _cache_file(folder: Path, sha256: str, before_writing: Callable[[], None]) -> Iterator[Path]:
+def _cache_file(folder: Path, sha256: str, before_packing: Callable[[], None]) -> Iterator[Path]:
     """The packed weights' file for this content and this LiteRT: whole, or one to be written.
 
     A new one gets its name only when it is complete. The mapping survives the renaming.
@@ -171,7 +173,7 @@ def _cache_file(folder: Path, sha256: str, before_writing: Callable[[], None]) -
     if final.is_file():
         yield final
         return
-    before_writing()
+    before_packing()
     try:
         yield Path(name)
         if Path(name).is_file():  # on a full disk XNNPACK does without

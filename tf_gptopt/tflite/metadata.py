@@ -5,7 +5,8 @@ Three metadata buffers: `tf_gptopt.json` holds all that the runtime needs beside
 `tf_gptopt.structure.sha256` that of all but the content of large buffers, with both at zero. A
 flipped byte in a .tflite file mostly goes unnoticed and changes what the model says; the checksum
 notices. Flipped where numbers are, it does no more than that; in the structure it may crash LiteRT.
-So the structure is compared before LiteRT sees a file, and the rest while LiteRT loads it.
+So the structure is compared before LiteRT sees a file, and the rest, where that pays, while LiteRT
+loads it.
 """
 
 from __future__ import annotations
