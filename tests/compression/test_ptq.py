@@ -35,6 +35,7 @@ ON_TEXT = [
     QuantConfig("int4", granularity="global", rounding="gptq", bias_correction=True),
     QuantConfig("int8", bias_correction=True, layers={"*_fc": "int4:32", "*_out": "float16"}),
     QuantConfig(activations="static", smoothing=0.5, rounding="gptq", float_layers="*_proj"),
+    QuantConfig("int4", smoothing=0.7),
 ]
 
 

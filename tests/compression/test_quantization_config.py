@@ -91,7 +91,7 @@ def test_names_tell_the_recipes_apart() -> None:
         ({"granularity": 32}, "Blocks are for int4"),
         ({"granularity": 48}, "Unknown granularity"),
         ({"weights": "int4", "granularity": 32, "activations": "static"}, "no static activations"),
-        ({"smoothing": 0.5}, "static activations"),
+        ({"smoothing": 0.5, "activations": "float"}, "activations that are quantized"),
         ({"smoothing": 2}, "smoothing is 0 to 1"),
         ({"percentile": True}, "must be a number"),
         ({"io": "int8"}, "static activations"),

@@ -31,6 +31,7 @@ SCHEMES = {
     "int8": (QuantConfig(), 0.05, 0.03),
     "int8 per tensor": (QuantConfig(granularity="tensor"), 0.05, 0.03),
     "int8 global": (QuantConfig(granularity="global"), 0.05, 0.03),
+    "int8 smooth": (QuantConfig(smoothing=0.7), 0.05, 0.03),
     "int8 weight-only": (QuantConfig(activations="float"), 1e-3, 1e-5),
     "int8 cache": (QuantConfig(kv_cache="int8"), 0.05, 0.03),
     "int8 weight-only, cache": (QuantConfig(activations="float", kv_cache="int8"), 0.02, 2e-3),
@@ -93,7 +94,7 @@ def _quantize(config, shape):
 
     model, weights = _model(shape)
     assign_weights(model, weights)
-    if config.bias_correction:
+    if config.smoothing or config.bias_correction:
         return quantize(model, config, IDS)
     weights = round_weights(weights, config)
     assign_weights(model, weights)
