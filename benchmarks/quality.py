@@ -32,7 +32,8 @@ from benchmarks.quality_bounds import bounds
 from benchmarks.quality_checkpoint import CheckpointLab
 from benchmarks.quality_lab import QUICK, Lab, Scale
 from benchmarks.quality_runs import Run, runs
-from benchmarks.quality_table import fill, plot, print_table, time_decoding
+from benchmarks.quality_speed import time_decoding
+from benchmarks.quality_table import fill, plot, print_table
 from tf_gptopt._files import read_json, write_json
 
 CORPORA = ("wikitext2", "python", "checkpoint")

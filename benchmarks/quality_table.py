@@ -1,18 +1,12 @@
-"""What benchmarks/quality.py says of its runs: a table, the bounds, decoding speed, plots."""
+"""What benchmarks/quality.py says of its runs: a table, the bounds, plots."""
 
 from __future__ import annotations
 
 import re
-import statistics
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_bounds import Rows
-from benchmarks.quality_lab import Lab
-from tf_gptopt._files import read_json, write_json
-
-ROUNDS, TOKENS = 7, 60
 COLUMNS = (
     "parameters",
     "non-zero",
@@ -24,40 +18,6 @@ COLUMNS = (
     "KL",
     "decode",
 )
-
-
-def time_decoding(lab: Lab, rows: Rows) -> None:
-    """Adds `decode` (tokens per second, on one thread: a second one gains models of this size 4%)
-    and `decode_ratio` (to the parent's int8 file, in turns) to the rows. Files of one shape and
-    scheme take the same time, whatever their weights are, so each is timed once and kept."""
-    from tf_gptopt.evaluation.speed import measure_speed
-    from tf_gptopt.tflite.runtime import TFLiteGPT
-
-    def runtime(name: str) -> Any:
-        return TFLiteGPT(lab.folder / name / "model.tflite", threads=1)
-
-    if "parent" not in rows:
-        return
-    parent = runtime("parent")
-    path = lab.folder / "decoding.json"
-    timed = read_json(path) if path.is_file() else {}
-    for name, row in rows.items():
-        child = runtime(name)
-        shape = f"{child.config.to_dict()} {child.metadata['quantization']}"
-        if shape not in timed:
-            pairs = [
-                (
-                    measure_speed(child, tokens=TOKENS).decode,
-                    measure_speed(parent, tokens=TOKENS).decode,
-                )
-                for _ in range(ROUNDS)
-            ]
-            timed[shape] = {
-                "decode": round(statistics.median(ours for ours, _ in pairs)),
-                "decode_ratio": round(statistics.median(a / b for a, b in pairs), 3),
-            }
-            write_json(path, timed)
-        row.update(timed[shape])
 
 
 def print_table(corpus: str, outcome: dict[str, Any]) -> None:
