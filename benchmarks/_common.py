@@ -24,6 +24,7 @@ _PACKAGES = (
     "tensorflow",
     "tf_keras",
     "ai-edge-litert",
+    "ai-edge-quantizer",
     "numpy",
     "llama_cpp_python",
     "ctranslate2",

@@ -166,8 +166,8 @@ class _Writer:
         if name not in self.ranges:
             raise UserError(
                 f"No range is known for the activations {name!r}, and {self.quant.name!r} needs "
-                "one. Hand calibration= over, or export what quantize(model, config, calibration) "
-                "returns."
+                "one. Hand calibration= over (`tf-gptopt export --dataset FOLDER`), or export what "
+                "quantize(model, config, calibration) returns."
             )
         return Affine(*activation_scale(*self.ranges[name], self.quant.symmetric))
 
