@@ -106,17 +106,17 @@ def _line(name: str, row: dict[str, Any]) -> str:
 
 def fill(text: str, results: dict[str, Any]) -> str:
     """A page with its tables as they were measured. The line above a table says what it shows:
-    `<!-- measured: PATTERN ... -->` runs by patterns of their names, `<!-- all: CORPUS -->`,
-    `<!-- parents -->` and `<!-- bounds -->`."""
+    `<!-- measured: PATTERN ... -->` runs by patterns of their names, a line for each corpus,
+    `<!-- compared: PATTERN ... -->` the same in one line for all, `<!-- sparsities: GROUP -->`
+    every score at every sparsity, `<!-- all: CORPUS -->`, `<!-- parents -->` and `<!-- bounds -->`.
+    """
 
     def table(match: re.Match[str]) -> str:
         kind, _, words = match[2].partition(": ")
-        lines = {"measured": _runs, "all": _all, "parents": _parents, "bounds": _bounds}[kind](
-            results, words.split()
-        )
+        lines = _KINDS[kind](results, words.split())
         return match[1] + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
-    marks = r"(<!-- ((?:measured: |all: |parents|bounds).*?) -->\n)((?:\|.*\n)*)"
+    marks = rf"(<!-- ((?:{'|'.join(_KINDS)})(?:: .*?)?) -->\n)((?:\|.*\n)*)"
     return re.sub(marks, table, text)
 
 
@@ -129,6 +129,38 @@ def _runs(results: dict[str, Any], patterns: list[str]) -> list[list[str]]:
         if fnmatchcase(name, pattern)
     ]
     return _table(["corpus", "run", *COLUMNS], lines)
+
+
+def _compared(results: dict[str, Any], patterns: list[str]) -> list[list[str]]:
+    """Sizes and speed are the first corpus's: the others' differ by a percent."""
+    first = next(iter(results.values()))["rows"]
+    names = [n for p in patterns for n in sorted(first) if fnmatchcase(n, p)]
+    corpora = [c for c, outcome in results.items() if any(n in outcome["rows"] for n in names)]
+    lines = []
+    for name in names:
+        rows = [results[corpus]["rows"].get(name) for corpus in corpora]
+        changes = [f"{row['change']:+.1%}" if row else "" for row in rows]
+        *sizes, decode = (cells(first[name])[i] for i in (0, 1, 2, 3, -1))
+        lines.append([name, *sizes, *changes, decode])
+    return _table(["run", *COLUMNS[:4], *corpora, "decode"], lines, text=1)
+
+
+def _sparsities(results: dict[str, Any], groups: list[str]) -> list[list[str]]:
+    """Perplexity's change, a line for each score, scope and pattern that was run at several."""
+    lines: dict[str, dict[float, str]] = {}
+    for corpus, outcome in results.items():
+        for name, row in outcome["rows"].items():
+            if row["group"] == groups[0] and "score" in row and not row.get("taught"):
+                label = _line(name, row).removesuffix(f", {groups[0]}")
+                cell = f"{row['change']:+.1%}" if row["change"] < 10 else "> +1,000%"
+                lines.setdefault(f"{label}|{corpus}", {})[row["sparsity"]] = cell
+    found = sorted({sparsity for line in lines.values() for sparsity in line})
+    rows = [
+        [*label.split("|"), *(line.get(sparsity, "") for sparsity in found)]
+        for label, line in sorted(lines.items())
+        if len(line) > 1
+    ]
+    return _table(["score", "corpus", *(f"{sparsity:.0%}" for sparsity in found)], rows)
 
 
 def _all(results: dict[str, Any], corpora: list[str]) -> list[list[str]]:
@@ -171,3 +203,13 @@ def _table(head: list[str], lines: list[list[str]], text: int = 2) -> list[list[
     """With a head, if there is anything below it; the first `text` columns hold words."""
     rule = ["---" if i < text else "---:" for i in range(len(head))]
     return [head, rule, *lines] if lines else []
+
+
+_KINDS = {
+    "measured": _runs,
+    "compared": _compared,
+    "sparsities": _sparsities,
+    "all": _all,
+    "parents": _parents,
+    "bounds": _bounds,
+}
