@@ -69,6 +69,10 @@ class CheckpointLab(Lab):
     def calibration(self) -> np.ndarray:
         return self.sequences[-self.scale.calibration :, :-1]
 
+    def sample(self) -> Any:
+        batches = self.sequences[self._scored :][:512].reshape(2, 256, -1)
+        return ((ids[:, :-1], ids[:, 1:]) for ids in batches)
+
     def scored(self) -> Any:
         batches = np.split(self.sequences[: self._scored], range(256, self._scored, 256))
         return ((ids[:, :-1], ids[:, 1:]) for ids in batches)

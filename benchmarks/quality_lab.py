@@ -169,6 +169,11 @@ class Lab:
         batches = self.data.batches("train", count, seed=seed, max_batches=1)
         return next(batches.as_numpy_iterator())[0]
 
+    def sample(self) -> Any:
+        """Two batches of the training split, to measure what each layer is worth."""
+        batches = self.data.batches("train", self.scale.batch, seed=5, max_batches=2)
+        return batches.as_numpy_iterator()
+
     def scored(self) -> Any:
         """The held-out batches, the same for every model."""
         scale = self.scale

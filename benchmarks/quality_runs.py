@@ -181,10 +181,9 @@ def mixed(lab: Lab, folder: Path, options: list[str], bytes: float) -> tuple[GPT
     """GPTQ with the bits of each layer that what it costs alone suggests, measured on two batches
     of the training split; `bytes` as a share of uniform int4."""
     gptq = QuantConfig.from_recipe("int4-gptq")
-    batches = lab.data.batches("train", lab.scale.batch, seed=5, max_batches=2)
     table = measure_sensitivity(
         lab.parent,
-        batches.as_numpy_iterator(),
+        lab.sample(),
         options,
         lab.calibration,
         config=gptq,

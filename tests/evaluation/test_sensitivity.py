@@ -179,6 +179,8 @@ def test_unknown_options(small, batches, options, message):
 def test_what_cannot_be_measured(small, batches, tmp_path):
     with pytest.raises(UserError, match="at least one batch"):
         measure_sensitivity(small, [])
+    with pytest.raises(UserError, match="model's own tokenizer"):
+        measure_sensitivity(small, [(inputs + 10_000, labels) for inputs, labels in batches])
     pruned = prune(small, PruneConfig(0.5, schedule="constant"))
     with pytest.raises(UserError, match="strip_pruning"):
         measure_sensitivity(pruned, batches)

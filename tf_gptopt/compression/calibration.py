@@ -106,8 +106,8 @@ def check_ids(model: GPTModel, token_ids: Any) -> np.ndarray:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= config.vocab_size:
         raise UserError(
-            f"The model knows the token ids 0 to {config.vocab_size - 1}. Received: calibration "
-            f"ids from {low} to {high}. Encode the text with the model's own tokenizer."
+            f"The model knows the token ids 0 to {config.vocab_size - 1}. Received: ids "
+            f"from {low} to {high}. Encode the text with the model's own tokenizer."
         )
     if ids.shape[1] > config.max_sequence_length:
         raise UserError(

@@ -28,7 +28,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError, suggest
 from tf_gptopt._files import read_json, write_json
-from tf_gptopt.compression.calibration import Progress, calibration_ids
+from tf_gptopt.compression.calibration import Progress, calibration_ids, check_ids
 from tf_gptopt.compression.pruning.config import CALIBRATED, PruneConfig
 from tf_gptopt.compression.pruning.pruner import prune, strip_pruning
 from tf_gptopt.compression.quantization.config import LAYER_WEIGHTS, QuantConfig
@@ -80,7 +80,8 @@ def measure_sensitivity(
             an earlier one ended, and one with further options adds them.
 
     Raises:
-        UserError: for a wrapped model, an unknown option, no batches, and missing calibration.
+        UserError: for a wrapped model, an unknown option, no batches, ids that the model does
+            not know, and missing calibration.
     """
     config = QuantConfig(range="mse") if config is None else config
     pruning = PruneConfig() if pruning is None else pruning
@@ -89,6 +90,8 @@ def measure_sensitivity(
     if not names or not batches:
         what = "batch of held-out tokens" if names else "option"
         raise UserError(f"There is nothing to measure: give at least one {what}.")
+    for inputs, _ in batches:
+        check_ids(model, inputs)
     ids = None if calibration is None else calibration_ids(calibration)
     probe = _Probe(model)
     weights = named_weights(probe.model)
