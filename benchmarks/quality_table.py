@@ -59,7 +59,7 @@ def plot(corpus: str, outcome: dict[str, Any], folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     parent = outcome["rows"]["parent"]["perplexity"]
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(13, 7), layout="constrained")
     stored, removed = {}, {}
     for name, row in outcome["rows"].items():
         if name == "early":  # not what anything starts from
@@ -68,15 +68,15 @@ def plot(corpus: str, outcome: dict[str, Any], folder: Path) -> None:
         label = name if is_stored else _line(name, row)
         points = (stored if is_stored else removed).setdefault(label, [])
         points.append((row["gzip_bytes"] / 1e6, row["perplexity"]))
-    for axes, lines, ceiling in zip(panels, (removed, stored), (2, 1.3), strict=True):
+    for axes, lines, ceiling in zip(panels, (removed, stored), (1.6, 1.3), strict=True):
         for number, (label, points) in enumerate(sorted(lines.items())):
             shown = [point for point in sorted(points) if point[1] <= ceiling * parent]
             if shown:
-                style = "--" if "one-shot" in label else "-" if "tuned" in label else ""
+                style = "--" if "one-shot" in label else "-" if "tuned" in label else "none"
                 marker, fill = "osD^vP"[number // 10 % 6], "none" if "ptq" in label else "full"
                 axes.plot(
                     *zip(*shown, strict=True),
-                    style,
+                    linestyle=style,
                     color=f"C{number % 10}",
                     marker=marker,
                     markersize=4,
@@ -86,7 +86,7 @@ def plot(corpus: str, outcome: dict[str, Any], folder: Path) -> None:
         axes.axhline(parent, color="gray", linewidth=0.7)
         axes.set(xlabel=".tflite file after gzip, MB", ylabel="perplexity")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6, ncols=2)
+        axes.legend(fontsize=6, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     panels[0].set_title(f"{corpus}: weights removed, int8")
     panels[1].set_title(f"{corpus}: weights stored in fewer bits")
     figure.savefig(folder / f"quality-{corpus}.svg", metadata={"Date": None})
