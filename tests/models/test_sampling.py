@@ -184,6 +184,7 @@ def test_get_sampler_takes_names_dictionaries_and_objects():
         (lambda: make_generators(-1, 1), "seed must be an integer"),
         (lambda: make_generators("1", 1), "seed must be an integer"),
         (lambda: TextStream(str, stop=""), "non-empty strings"),
+        (lambda: TextStream(str, stop=np.array(3)), "non-empty strings"),
     ],
 )
 def test_impossible_choices_say_what_would_do(make, says):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from tf_gptopt._errors import UserError
 
@@ -78,8 +78,10 @@ class TextStream:
 
 def as_stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Stop strings as a tuple; an empty one is an error, for it would stop everything."""
-    strings = (stop,) if isinstance(stop, str) else () if stop is None else stop
-    strings = tuple(strings) if isinstance(strings, Iterable) else (strings,)
+    try:
+        strings = (stop,) if isinstance(stop, str) else () if stop is None else tuple(stop)
+    except TypeError:  # a number, or an array that is one
+        strings = (stop,)
     if not all(isinstance(item, str) and item for item in strings):
         raise UserError(f"stop must be one or more non-empty strings. Received: {stop!r}.")
     return strings
