@@ -1,20 +1,22 @@
-"""GPTQ to int4: ours against ai-edge-quantizer's, on the same layers and the same Hessians.
+"""GPTQ to int4: ours against ai-edge-quantizer's, on the same layers and the same text.
 
     pip install ai-edge-quantizer==0.10.0
     python benchmarks/gptq.py --texts FOLDER             # both parents of benchmarks/quality.py
     python benchmarks/gptq.py --quick                    # a smoke test: a tiny model
 
 Each kernel of a trained parent goes through both, in blocks of 32 inputs that share a scale, block
-by block of the model behind what was quantized before; tables and biases stay float. The peer takes
-.tflite files, so it gets each layer as one, and as calibration data rows with the Hessian of the
-calibration text. Beside them rounding to the nearest point. Shown: the mean over the layers of the
-squared error of the outputs as a share of rounding's, perplexity against the float parent, seconds.
+by block of the model, each method behind what it quantized before; tables and biases stay float.
+The peer takes .tflite files, so it gets each layer as one (its seconds include making it), and as
+calibration data rows with the Hessian of the calibration text. Beside them rounding to the nearest
+point. Shown: the mean over the layers of the squared error of the outputs as a share of what
+rounding the same kernel has, perplexity against the float parent, seconds.
 Results go to benchmarks/results/gptq.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -44,12 +46,8 @@ def nearest(kernel: np.ndarray, hessian: np.ndarray) -> np.ndarray:
     return quantize_matrix(kernel.T, 4, BLOCK, "minmax").values().T
 
 
-def ours(kernel: np.ndarray, hessian: np.ndarray) -> np.ndarray:
-    return solve_kernel(kernel, hessian, 4, BLOCK, "minmax")
-
-
-def ours_mse(kernel: np.ndarray, hessian: np.ndarray) -> np.ndarray:
-    return solve_kernel(kernel, hessian, 4, BLOCK, "mse")
+def ours(kernel: np.ndarray, hessian: np.ndarray, range: str = "minmax") -> np.ndarray:
+    return solve_kernel(kernel, hessian, 4, BLOCK, range)
 
 
 def peer(kernel: np.ndarray, hessian: np.ndarray) -> np.ndarray:
@@ -81,7 +79,7 @@ METHODS: dict[str, Solve] = {
     "nearest": nearest,
     "ai-edge-quantizer": peer,
     "ours": ours,
-    "ours, ranges by MSE": ours_mse,
+    "ours, ranges by MSE": functools.partial(ours, range="mse"),
 }
 
 

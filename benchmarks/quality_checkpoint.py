@@ -23,6 +23,7 @@ from tf_gptopt.training.optimizer import adamw
 BEGIN, END = 13, 14  # tokens around each of the checkpoint's sequences
 LENGTH = 32  # tokens of a window: most of the sequences are longer
 TUNED_ON = 4096  # sequences
+BATCH = 256  # of them, where nothing is trained
 
 
 class CheckpointLab(Lab):
@@ -69,17 +70,19 @@ class CheckpointLab(Lab):
     def calibration(self) -> np.ndarray:
         return self.sequences[-self.scale.calibration :, :-1]
 
+    @property
+    def _training(self) -> np.ndarray:
+        return self.sequences[self._scored :][:TUNED_ON]
+
     def sample(self) -> Any:
-        batches = self.sequences[self._scored :][:512].reshape(2, 256, -1)
-        return ((ids[:, :-1], ids[:, 1:]) for ids in batches)
+        return _batches(self._training[: 2 * BATCH])
 
     def scored(self) -> Any:
-        batches = np.split(self.sequences[: self._scored], range(256, self._scored, 256))
-        return ((ids[:, :-1], ids[:, 1:]) for ids in batches)
+        return _batches(self.sequences[: self._scored])
 
     def fit(self, model: keras.Model, steps: int, learning_rate: float, *args: Any, **kw: Any):
         """Plain Keras: a checkpoint of half a million parameters trains in seconds."""
-        ids = self.sequences[self._scored :][:TUNED_ON]
+        ids = self._training
         data = tf.data.Dataset.from_tensor_slices((ids[:, :-1], ids[:, 1:]))
         data = data.shuffle(TUNED_ON, seed=self.scale.seed).repeat()
         model.compile(adamw(steps, learning_rate), loss=NextTokenLoss())
@@ -90,3 +93,9 @@ class CheckpointLab(Lab):
 
     def compare(self) -> None:
         """There is no text to train a model of PyTorch's on."""
+
+
+def _batches(sequences: np.ndarray) -> Any:
+    """`(inputs, labels)` of `BATCH` sequences each."""
+    parts = np.split(sequences, range(BATCH, len(sequences), BATCH))
+    return ((ids[:, :-1], ids[:, 1:]) for ids in parts)

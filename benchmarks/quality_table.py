@@ -147,17 +147,17 @@ def _compared(results: dict[str, Any], patterns: list[str]) -> list[list[str]]:
 
 def _sparsities(results: dict[str, Any], groups: list[str]) -> list[list[str]]:
     """Perplexity's change, a line for each score, scope and pattern that was run at several."""
-    lines: dict[str, dict[float, str]] = {}
+    lines: dict[tuple[str, str], dict[float, str]] = {}
     for corpus, outcome in results.items():
         for name, row in outcome["rows"].items():
             if row["group"] == groups[0] and "score" in row and not row.get("taught"):
                 label = _line(name, row).removesuffix(f", {groups[0]}")
                 cell = f"{row['change']:+.1%}" if row["change"] < 10 else "> +1,000%"
-                lines.setdefault(f"{label}|{corpus}", {})[row["sparsity"]] = cell
+                lines.setdefault((label, corpus), {})[row["sparsity"]] = cell
     found = sorted({sparsity for line in lines.values() for sparsity in line})
     rows = [
-        [*label.split("|"), *(line.get(sparsity, "") for sparsity in found)]
-        for label, line in sorted(lines.items())
+        [*about, *(line.get(sparsity, "") for sparsity in found)]
+        for about, line in sorted(lines.items())
         if len(line) > 1
     ]
     return _table(["score", "corpus", *(f"{sparsity:.0%}" for sparsity in found)], rows)

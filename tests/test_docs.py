@@ -156,11 +156,10 @@ def test_the_docs_quote_what_was_measured():
         start = f"| {name} | {'-' if seconds is None else f'{seconds:.0f}'} |"
         end = f"{case['peak_mb']:,} MB | {case['file_mb']:.1f} |"
         assert f"{start} {case['export_seconds']:.0f} | {end}" in text
-    for name, found in results("gptq")["wikitext2"].items():
-        other = results("gptq")["python"][name]
-        cells = [
-            f"{f['output_error']:.2f} | {f['change']:+.2%} | {f['kl']:.4f}" for f in (found, other)
-        ]
+    gptq = results("gptq")
+    for name in gptq["python"]:
+        both = (gptq[corpus][name] for corpus in ("wikitext2", "python"))
+        cells = [f"{f['output_error']:.2f} | {f['change']:+.2%} | {f['kl']:.4f}" for f in both]
         assert f"| {name} | {cells[0]} | {cells[1]} |" in text
     for task, rivals in ((n, o["ratios"]) for n, o in results("train").items() if "qat" in n):
         assert f"{1 / rivals['ours, not quantizing']['median']:.2f} times" in text, task
