@@ -67,8 +67,8 @@ def peer(kernel: np.ndarray, hessian: np.ndarray) -> np.ndarray:
         granularity=qtyping.QuantGranularity.BLOCKWISE_32,
         algorithm_key="GPTQ",
     )
-    rows = np.linalg.cholesky(hessian + 1e-9 * np.trace(hessian) * np.eye(size)).T
-    rows = (rows * np.sqrt(size / 2)).astype(np.float32)  # rows^T rows is the Hessian times size/2
+    values, vectors = np.linalg.eigh(hessian * size / 2)
+    rows = (vectors * np.sqrt(np.maximum(values, 0))).T.astype(np.float32)  # rows^T rows is that
     statistics = work.calibrate({"serving_default": [{"x": rows}]})
     made = work.quantize(statistics, enable_progress_report=False).quantized_model
     reader = Interpreter(model_content=bytes(made)).get_signature_runner()
