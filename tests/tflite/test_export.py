@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from tf_gptopt._errors import UserError
 from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.compression.quantization.grids import quantize_matrix
+from tf_gptopt.models.checkpoints import weight_shapes
+from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.models.folding import fold_layer_norms
-from tf_gptopt.tflite.convert import export_tflite
+from tf_gptopt.tflite.convert import build_tflite, export_tflite
 from tf_gptopt.tflite.delegation import operations
 from tf_gptopt.tflite.inspecting import inspect_tflite
 from tf_gptopt.tflite.reading import count_weights, read_weights
@@ -82,11 +84,12 @@ def test_any_shape_exports(exported, relative_error, data):
     )
     ids = ids_for(model)
     whole = runtime.logits(ids)
-    most = 1e-4 if runtime.metadata["quantization"]["weights"] == "float32" else 0.2
-    assert relative_error(whole, model(ids[None])[0].numpy()) < most
-    runtime.prefill(ids[:1])
-    for position in range(1, len(ids)):
-        np.testing.assert_allclose(runtime.decode(ids[position]), whole[position], atol=1e-3)
+    is_float = runtime.metadata["quantization"]["weights"] == "float32"
+    assert relative_error(whole, model(ids[None])[0].numpy()) < (1e-4 if is_float else 0.2)
+    pieces = np.array([runtime.prefill(ids[:1]), *map(runtime.decode, ids[1:])])
+    # sums of another order may fall to the other side of where an int8 activation is rounded
+    np.testing.assert_allclose(pieces, whole, atol=1e-3 if is_float else 0.1)
+    assert relative_error(pieces, whole) < (1e-4 if is_float else 0.02)
 
 
 def test_weights_are_quantized_after_folding(exported):
@@ -183,7 +186,7 @@ def test_xnnpack_takes_all_but_look_ups_and_positions(exported, scheme):
     assert found.xnnpack is None
     decode = next(s for s in found.signatures if s.name == "decode")
     # the position table is float16
-    assert decode.left == {"EMBEDDING_LOOKUP": 2, "CAST": 2}
+    assert decode.left == {"EMBEDDING_LOOKUP": 2, "CAST": 1}
     assert decode.taken > 60
     for signature in found.signatures:
         assert set(signature.left) <= {"EMBEDDING_LOOKUP", "CAST", "ADD", "MINIMUM"}
@@ -222,7 +225,7 @@ def test_the_whole_export_needs_no_tensorflow(run_child, tmp_path):
         """,
         devices=0,
     )
-    assert out.split()[1:] == ["logits_8", "False"]
+    assert out.split()[1:] == ["logits", "False"]
 
 
 def test_info_says_what_was_written(exported, tmp_path, tiny_model):
@@ -231,7 +234,7 @@ def test_info_says_what_was_written(exported, tmp_path, tiny_model):
     assert info.bytes == (tmp_path / "new" / "model.tflite").stat().st_size
     assert info.parameters == tiny_model().count_params()
     assert info.bytes_per_parameter == info.bytes / info.parameters
-    assert {"prefill_32", "decode", "logits_32"} <= set(info.signatures)
+    assert info.signatures == ("prefill", "decode", "logits")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["model.tflite"]
 
 
@@ -292,22 +295,49 @@ def test_a_file_beyond_two_gigabytes_is_refused():
 
 
 def test_buckets_of_gpt2():
-    names = [bucket.signature for bucket in plan_buckets(1024)]
+    assert [(b.signature, b.tokens) for b in plan_buckets(1024)] == [
+        ("prefill", 256),
+        ("decode", 1),
+    ]
+    assert all(bucket.free and bucket.capacity == 1024 for bucket in plan_buckets(1024))
+    names = [bucket.signature for bucket in plan_buckets(1024, fixed=True)]
     assert names[:5] == [f"prefill_{n}" for n in (16, 32, 64, 128, 256)]
     assert "prefill_32_512" in names
     assert names[-1] == "decode"
-    decode = [bucket.capacity for bucket in plan_buckets(1024) if bucket.is_decode]
+    decode = [bucket.capacity for bucket in plan_buckets(1024, fixed=True) if bucket.is_decode]
     assert decode == [64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
 
 
-@given(st.integers(1, 5000))
-def test_buckets_serve_every_position(context):
-    buckets = plan_buckets(context)
+@given(st.integers(1, 5000), st.booleans())
+def test_buckets_serve_every_position(context, fixed):
+    buckets = plan_buckets(context, fixed=fixed)
     assert len({bucket.signature for bucket in buckets}) == len(buckets)
     assert all(bucket.tokens <= context and bucket.capacity <= context for bucket in buckets)
     assert any(bucket.is_decode and bucket.capacity == context for bucket in buckets)
-    assert any(not bucket.is_decode and bucket.capacity == 0 for bucket in buckets)
-    assert any(not bucket.is_decode and bucket.capacity == context for bucket in buckets)
+    assert any(bucket.is_prefill and bucket.capacity == context for bucket in buckets)
+    assert any(bucket.is_prefill and bucket.free | (not bucket.capacity) for bucket in buckets)
+
+
+def test_large_caches_come_in_groups_of_heads(tmp_path):
+    """Each capacity by the signature that reads it in as many parts as are worth it."""
+    config = GPTConfig(64, 48, 2, 6, head_dim=64, max_sequence_length=2000)
+    rng = np.random.default_rng(0)
+    weights = {
+        name: rng.normal(0, 0.1, shape).astype(np.float32)
+        for name, shape in weight_shapes(config).items()
+    }
+    data, info = build_tflite(config, weights, QuantConfig("float32"))
+    assert info.signatures == ("prefill", "decode_672", "decode_1344", "decode", "logits")
+    (tmp_path / "m.tflite").write_bytes(data)
+    runtime = TFLiteGPT(tmp_path / "m.tflite", threads=1)
+    ids = rng.integers(0, 64, 2000)
+    whole = runtime.logits(ids)
+    for start in (650, 1300, 1980):  # around each change, up to the last token
+        runtime.reset()
+        runtime.prefill(ids[:start])
+        for position in range(start, min(start + 60, 2000)):
+            logits = runtime.decode(ids[position])
+            np.testing.assert_allclose(logits, whole[position], atol=1e-3)
 
 
 @pytest.mark.parametrize("wrong", [[0], [33], ["8"], []])

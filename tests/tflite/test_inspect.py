@@ -69,7 +69,7 @@ def test_what_a_file_of_ours_says(file, tiny_tokenizer):
     assert found.twice == ()
     assert tuple(s.name for s in found.signatures) == file.signatures
     by_name = {s.name: s for s in found.signatures}
-    assert (by_name["prefill_16"].tokens, by_name["prefill_16"].capacity) == (16, 0)
+    assert (by_name["prefill"].tokens, by_name["prefill"].capacity) == (32, 32)
     assert (by_name["decode"].tokens, by_name["decode"].capacity) == (1, 32)
     assert by_name["decode"].operations["FULLY_CONNECTED"] == 2 * 4 + 1
     assert json.loads(json.dumps(found.to_dict()))["bytes"] == file.bytes
@@ -195,7 +195,7 @@ def test_it_takes_no_tensorflow(file, run_child):
         """,
         devices=0,
     )
-    assert out.splitlines() == ["{'EMBEDDING_LOOKUP': 3, 'CAST': 2}", "[]"]
+    assert out.splitlines() == ["{'CAST': 2, 'EMBEDDING_LOOKUP': 2}", "[]"]
 
 
 def test_blocks_have_scales(tmp_path, tiny_model):

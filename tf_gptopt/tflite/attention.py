@@ -24,11 +24,11 @@ import numpy as np
 from tf_gptopt.tflite.graph import Graph
 from tf_gptopt.tflite.layers import as_float
 from tf_gptopt.tflite.metadata import head_groups
-from tf_gptopt.tflite.tensors import Affine, Tensor
+from tf_gptopt.tflite.tensors import Affine, Free, Tensor, is_one
 
 FIXED = "int8 of fixed scale"
 
-_FAR_BELOW = 1e9  # what a forbidden score is lowered by, per position
+_STEEP = 1e9  # what a forbidden score is lowered by, per position
 _SMALLEST = 1e-30  # a scale, so that nothing is divided by zero
 
 # The cache comes in as float32, or becomes it, a few heads at a time: what is computed from it then
@@ -36,22 +36,15 @@ _SMALLEST = 1e-30  # a scale, so that nothing is divided by zero
 # taking slices out of one input costs as much as what is done with them.
 _HEAD_GROUP_BYTES = 1024 * 1024
 _ALIGNMENT = 64  # bytes: what LiteRT wants of an input that it reads in place
+CAPACITY_STEP = 32  # rows: free capacities are multiples of it, so that groups begin at such places
 
 
 @dataclasses.dataclass(frozen=True)
 class Masks:
     """What is added to scores: 0 where a key may be seen, far below 0 where not."""
 
-    past: Tensor | None  # (1, capacity): hides the cache's rows from `position` on
+    past: Tensor | None  # (capacity,): hides the cache's rows that are not in use
     future: Tensor | None  # (n, n): hides, of the new tokens, those after a token itself
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Keys or values `(heads, n, head_dim)` float32, to be multiplied by `scales` (heads, 1, n)."""
-
-    values: Tensor
-    scales: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,38 +74,36 @@ class Past:
 
 def heads_at_once(heads: int, capacity: int, head_dim: int, cache: str) -> int:
     """How many heads of the cache make one input: groups of nearly equal size, each of which begins
-    where LiteRT can read in place; 0 for all."""
+    where LiteRT can read in place, at this capacity and at multiples of `CAPACITY_STEP`; 0 for
+    all."""
     if not capacity:
         return 0
     groups = math.ceil(heads * capacity * head_dim * 4 / _HEAD_GROUP_BYTES)
     each = math.ceil(heads / min(groups, heads))
-    size = each * capacity * head_dim * (4 if cache == "float32" else 1)
-    return 0 if each == heads or size % _ALIGNMENT else each
+    row = each * head_dim * (4 if cache == "float32" else 1)
+    aligned = all(row * rows % _ALIGNMENT == 0 for rows in (capacity, CAPACITY_STEP))
+    return each if each < heads and aligned else 0
 
 
-def masks(g: Graph, n: int, capacity: int, position: Tensor | None) -> Masks:
-    """Computed rather than stored: `future` alone would take 262 kB of the file for n = 256."""
-    zero = g.model.constant(np.zeros(1, np.float32))
-    steep = g.model.constant(np.full(1, _FAR_BELOW, np.float32))
-
-    def allow(places: Tensor, keys: np.ndarray) -> Tensor:
-        """Places see the keys before them: min(0, steep * (place - key - 1/2))."""
-        keys = g.model.constant(-0.5 - keys.astype(np.float32)[None])
-        return g.elementwise("MINIMUM", (g.cast(places, np.float32) + keys) * steep, zero)
-
-    past = future = None
-    if position is not None:
-        past = allow(position, np.arange(capacity))
-    if n > 1:
-        after = g.model.constant(np.arange(1, n + 1, dtype=np.int32)[:, None])  # itself is seen
-        future = allow(after, np.arange(n))
-    return Masks(past, future)
+def masks(g: Graph, positions: Tensor, capacity: int) -> Masks:
+    """The input `mask`, and who of the new tokens sees whom; `positions` (n,) int32 are theirs."""
+    past = g.input("mask", [capacity]) if capacity else None
+    (n,) = positions.shape
+    if is_one(n):
+        return Masks(past, None)
+    half, steep, zero = (g.model.constant(np.full(1, v, np.float32)) for v in (0.5, _STEEP, 0))
+    if not isinstance(n, Free):  # of padding behind the last token, positions may repeat
+        positions = g.model.constant(np.arange(n, dtype=np.int32))
+    places = g.cast(positions, np.float32)
+    # computed, for it would be 262 kB of 256 tokens: min(0, steep * (place - key's place + 1/2))
+    ahead = g.reshape(places + half, [n, 1]) - g.reshape(places, [1, n])
+    return Masks(past, g.elementwise("MINIMUM", ahead * steep, zero))
 
 
 def split_heads(g: Graph, x: Tensor, heads: int) -> Tensor:
     """`(n, heads * head_dim)` -> `(heads, n, head_dim)`."""
     n, head_dim = x.shape[0], x.shape[1] // heads
-    if n == 1:  # the same numbers in the same order
+    if is_one(n):  # the same numbers in the same order
         return g.reshape(x, [heads, 1, head_dim])
     return g.transpose(g.reshape(x, [n, heads, head_dim]), [1, 0, 2])
 
@@ -120,13 +111,14 @@ def split_heads(g: Graph, x: Tensor, heads: int) -> Tensor:
 def merge_heads(g: Graph, x: Tensor) -> Tensor:
     """`(heads, n, head_dim)` -> `(n, heads * head_dim)`."""
     heads, n, head_dim = x.shape
-    if n > 1:
+    if not is_one(n):
         x = g.transpose(x, [1, 0, 2])
     return g.reshape(x, [n, heads * head_dim])
 
 
-def store(g: Graph, name: str, x: Tensor, cache: str) -> Rows:
-    """Hand the new tokens' keys or values out for the cache, and return what it will give back.
+def store(g: Graph, name: str, x: Tensor, cache: str) -> Tensor:
+    """Hand the new tokens' keys or values out for the cache, and return what it will give back,
+    `(heads, n, head_dim)` float32.
 
     Args:
         name: `"k_0"` makes the outputs `new_k_0` and, of an int8 cache, `new_k_scale_0`.
@@ -135,15 +127,16 @@ def store(g: Graph, name: str, x: Tensor, cache: str) -> Rows:
     """
     if cache != "int8":
         g.output(f"new_{name}", x)
-        return Rows(as_float(g, x))
+        return as_float(g, x)
     heads, n, _ = x.shape
     most, smallest = (g.model.constant(np.full(1, v, np.float32)) for v in (127, _SMALLEST))
     scales = g.elementwise("MAXIMUM", g.max(g.abs(x)) / most, smallest)  # (heads, n, 1)
     integers = g.quantize(x / scales, Affine(1.0))
     g.output(f"new_{name}", integers)
-    scales = g.reshape(scales, [heads, n])
-    g.output(f"new_{_scale_name(name)}", scales)
-    return Rows(g.dequantize(integers), g.reshape(scales, [heads, 1, n]))
+    g.output(f"new_{_scale_name(name)}", g.reshape(scales, [heads, n]))
+    # Multiplied here and not behind the products: a product of integers that nothing comes between
+    # is one operation for XNNPACK, which goes wrong when n grows.
+    return g.dequantize(integers) * scales
 
 
 def past(
@@ -173,12 +166,14 @@ def past(
     return Past(capacity, head_dim, groups, scales)
 
 
-def attend(g: Graph, q: Tensor, k: Rows, v: Rows, old: Sequence[Past] | None, m: Masks) -> Tensor:
+def attend(
+    g: Graph, q: Tensor, k: Tensor, v: Tensor, old: Sequence[Past] | None, m: Masks
+) -> Tensor:
     """Attention of the new tokens to the cache and to each other.
 
     Args:
         q: `(heads, n, head_dim)` float32.
-        k, v: of the new tokens.
+        k, v: of the new tokens, `(heads, n, head_dim)` float32.
         old: keys and values of the cache, or None.
 
     Returns:
@@ -186,11 +181,11 @@ def attend(g: Graph, q: Tensor, k: Rows, v: Rows, old: Sequence[Past] | None, m:
     """
     heads, n, head_dim = q.shape
     q = q * g.model.constant(np.full(1, head_dim**-0.5, np.float32))
-    new_scores = _scaled(_products(g, q, k.values), k.scales)
+    new_scores = _products(g, q, k)
     if m.future is not None:
         new_scores = new_scores + m.future
     if old is None:
-        return _mix(g, _scaled(g.softmax(new_scores), v.scales), v.values)
+        return _mix(g, g.softmax(new_scores), v)
 
     # one softmax over two sets of keys, which are never joined: that would copy the cache
     old_k, old_v = old
@@ -198,19 +193,33 @@ def attend(g: Graph, q: Tensor, k: Rows, v: Rows, old: Sequence[Past] | None, m:
         [_products(g, g.part(q, at, keys.shape[0]), keys) for at, keys in old_k.parts(g)], axis=0
     )
     scores = old_k.scale(g, scores) + m.past
-    p = g.softmax(g.concatenate([scores, new_scores], axis=2))  # (heads, n, capacity + n)
-    old_p = old_v.scale(g, g.slice(p, [0, 0, 0], [heads, n, old_v.capacity]))
-    new_p = _scaled(g.slice(p, [0, 0, old_v.capacity], [heads, n, n]), v.scales)
+    if isinstance(n, Free):
+        new_p, old_p, total = _exponentials(g, new_scores, scores)
+    else:
+        p = g.softmax(g.concatenate([new_scores, scores], axis=2))  # (heads, n, n + capacity)
+        new_p = g.slice(p, [0, 0, 0], [heads, n, n])
+        old_p = g.slice(p, [0, 0, n], [heads, n, old_v.capacity])
+        total = None
+    old_p = old_v.scale(g, old_p)
     mixed = g.concatenate(
         [_mix(g, g.part(old_p, at, rows.shape[0]), rows) for at, rows in old_v.parts(g)], axis=0
     )
-    return mixed + _mix(g, new_p, v.values)
+    mixed = mixed + _mix(g, new_p, v)
+    return mixed if total is None else mixed / total
+
+
+def _exponentials(g: Graph, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A softmax over both together, of which the last axes may have any size: what each becomes,
+    and what the results are to be divided by."""
+    most = g.elementwise("MAXIMUM", g.max(a), g.max(b))
+    a, b = g.exp(a - most), g.exp(b - most)
+    return a, b, g.sum(a, axis=-1) + g.sum(b, axis=-1)
 
 
 def _products(g: Graph, q: Tensor, keys: Tensor) -> Tensor:
     """Of queries `(heads, n, head_dim)` and keys `(heads, rows, head_dim)`: `(heads, n, rows)`."""
     heads, n, _ = q.shape
-    if n > 1:
+    if not is_one(n):
         return g.matmul(q, keys, transpose_b=True)
     return g.reshape(g.sum(keys * q, axis=2), [heads, 1, keys.shape[1]])
 
@@ -218,15 +227,11 @@ def _products(g: Graph, q: Tensor, keys: Tensor) -> Tensor:
 def _mix(g: Graph, p: Tensor, rows: Tensor) -> Tensor:
     """The mean of `rows` `(heads, rows, head_dim)`, weighted by p `(heads, n, rows)`."""
     heads, n, count = p.shape
-    if count == 1:
+    if is_one(count):
         return p * rows
-    if n > 1:
+    if not is_one(n):
         return g.matmul(p, rows)
     return g.sum(rows * g.reshape(p, [heads, count, 1]), axis=1)
-
-
-def _scaled(x: Tensor, scales: Tensor | None) -> Tensor:
-    return x if scales is None else x * scales
 
 
 def _scale_name(name: str) -> str:

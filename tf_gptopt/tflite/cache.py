@@ -1,8 +1,7 @@
 """A conversation's memory: keys and values in aligned host arrays, which LiteRT reads in place.
 
 A step returns the new tokens' keys and values alone, and they are written to their rows: no token
-copies what was there before. When the rows are used up, the cache moves once to the next capacity
-that has a signature.
+copies what was there before. When the rows are used up, the cache moves once to a larger capacity.
 
 Wherever an exception or Ctrl-C strikes, `tokens[:length]` are those whose keys and values are
 there.
@@ -11,7 +10,7 @@ there.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from ai_edge_litert.tensor_buffer import TensorBuffer
@@ -19,6 +18,15 @@ from ai_edge_litert.tensor_buffer import TensorBuffer
 from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.tflite.litert import Memory, host_buffer
 from tf_gptopt.tflite.metadata import head_groups
+
+_HIDDEN = -1e9  # what the score of a row that is not in use is lowered by
+
+
+class Inputs(NamedTuple):
+    """Inputs of a signature by name: LiteRT's buffers, and how many elements each has."""
+
+    buffers: dict[str, TensorBuffer]
+    sizes: dict[str, int]
 
 
 class KVCache:
@@ -32,7 +40,6 @@ class KVCache:
         dtype: of keys and values, `"float32"` or `"int8"`.
         scales: whether each row of a head has a scale beside it, in `k_scale_{i}` and
             `v_scale_{i}`, `(num_heads, capacity)` float32.
-        groups: the capacities, and how many heads make one input there (`metadata.head_groups`).
 
     Attributes:
         length: tokens in the cache.
@@ -40,21 +47,15 @@ class KVCache:
         tokens: `(context,)` int32, of which the first `length` are those in the cache.
     """
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        dtype: str = "float32",
-        scales: bool = False,
-        groups: Mapping[int, int] | None = None,
-    ) -> None:
+    def __init__(self, config: GPTConfig, dtype: str = "float32", scales: bool = False) -> None:
         self.length = 0
         self.capacity = 0
         self.tokens = np.zeros(config.max_sequence_length, np.int32)
-        self.buffers: dict[str, TensorBuffer] = {}
         self._arrays: dict[str, np.ndarray] = {}
+        self._mask = np.zeros(0, np.float32)
         self._memory = Memory()
+        self._inputs: dict[int, Inputs] = {}
         self._config, self._dtype, self._scales = config, np.dtype(dtype), scales
-        self._groups = groups or {}
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +80,7 @@ class KVCache:
     def copy(self) -> KVCache:
         """The same tokens, in memory of their own."""
         other = copy.copy(self)
-        other.tokens, other._memory = self.tokens.copy(), Memory()
+        other.tokens, other._memory, other._inputs = self.tokens.copy(), Memory(), {}
         if self.capacity:
             other.resize(self.capacity)
         return other
@@ -87,7 +88,7 @@ class KVCache:
     def resize(self, capacity: int) -> None:
         """Move to arrays of this capacity; the rows in use come along."""
         length, self.length = self.length, 0  # until all have moved, none is there
-        old, self._arrays, self.buffers, self.capacity = self._arrays, {}, {}, 0
+        old, self._arrays, self._inputs, self.capacity = self._arrays, {}, {}, 0
         memory, arrays = Memory(), {}
         for i, heads in enumerate(self._config.block_heads):
             rows = (heads, capacity)
@@ -99,13 +100,24 @@ class KVCache:
             for name, array in arrays.items():
                 array[:, :length] = old[name][:, :length]
         self._memory = memory  # the old one is given back here
-        group = self._groups.get(capacity, 0)
-        self.buffers = {
-            part: host_buffer(array[first : first + heads])
-            for name, array in arrays.items()
-            for part, first, heads in head_groups(name, len(array), group * (array.ndim == 3))
-        }
+        self._mask = memory.zeros((capacity,), np.float32)
         self._arrays, self.capacity, self.length = arrays, capacity, length
+
+    def inputs(self, group: int) -> Inputs:
+        """What a signature reads: the arrays, in groups of so many heads (`metadata.head_groups`),
+        and the `mask` of the rows in use."""
+        self._mask[: self.length], self._mask[self.length :] = 0, _HIDDEN
+        if group not in self._inputs:
+            parts = {"mask": self._mask} | {
+                part: array[first : first + heads]
+                for name, array in self._arrays.items()
+                for part, first, heads in head_groups(name, len(array), group * (array.ndim == 3))
+            }
+            self._inputs[group] = Inputs(
+                {name: host_buffer(part) for name, part in parts.items()},
+                {name: part.size for name, part in parts.items()},
+            )
+        return self._inputs[group]
 
     def append(self, ids: np.ndarray, outputs: dict[str, np.ndarray]) -> None:
         """Take over what these tokens left: the first rows of `new_k_{i}`, `new_v_{i}` and their

@@ -100,8 +100,8 @@ def export_tflite(
         calibration: text for a scheme that looks at some, as `quantize` takes it. Not needed for a
             model that `quantize` or training with static activations has been through.
         prefill_lengths, decode_capacities, verify_lengths: see `signatures.plan_buckets` and
-            `plan_verifies`. Each signature costs some 5 kB a block; a file for one length alone is
-            smaller by a few percent.
+            `plan_verifies`: fixed sizes, each a signature of some 5 kB a block. Default: none, the
+            runtime chooses sizes as it goes; with `io="int8"`, for accelerators, fixed ones.
         check: hold the file against its Keras model: on the first tokens of `calibration`, or on
             random ones. While it does (a second for 124 M parameters), `model` has other weights.
 
@@ -175,7 +175,10 @@ def build_tflite(
     names = {name.partition("/")[0] for name in weights if name.endswith(("kernel", "embeddings"))}
     quant.layers_to_quantize(names)  # a pattern that matches nothing is an error
     context = config.max_sequence_length
-    buckets = plan_buckets(context, prefill_lengths, decode_capacities)
+    # for accelerators, which want static shapes, or because somebody chose the shapes
+    sizes = prefill_lengths, decode_capacities, verify_lengths
+    fixed = quant.io == "int8" or any(given is not None for given in sizes)
+    buckets = plan_buckets(context, prefill_lengths, decode_capacities, fixed=fixed)
     verifies = plan_verifies(context, buckets, verify_lengths)
     _check_size(quant, weights)
 
@@ -185,7 +188,7 @@ def build_tflite(
     for bucket in (*buckets, *verifies):
         add_step(file, shared, bucket)
     logits_rows = min(LOGITS_ROWS, context)
-    logits = add_logits(file, shared, logits_rows)
+    logits = add_logits(file, shared, logits_rows, fixed)
     add_metadata(
         file,
         {
@@ -194,7 +197,12 @@ def build_tflite(
             "parameters": parameters,
             "buckets": [dataclasses.asdict(bucket) for bucket in buckets],
             "verify": [dataclasses.asdict(bucket) for bucket in verifies],
-            "logits": {"signature": logits, "rows": logits_rows, **_describe_logits(shared)},
+            "logits": {
+                "signature": logits,
+                "rows": logits_rows,
+                "free": not fixed,
+                **_describe_logits(shared),
+            },
             "cache": _describe_cache(shared),
             "tokenizer": _describe(tokenizer),
         },

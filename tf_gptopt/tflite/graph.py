@@ -1,6 +1,7 @@
 """One function of a .tflite file: inputs, operations, outputs.
 
-Shapes are static, and every method returns a tensor with the shape that TFLite will infer.
+Every method returns a tensor with the shape that TFLite will infer. Sizes that are `Free` may be
+others at run time: a reshape then leaves that size to TFLite, and can do so for one of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from tf_gptopt.tflite.tables import BlockScales, OperatorTable, Scales, TensorTable
-from tf_gptopt.tflite.tensors import TYPES, Affine, Constant, Tensor
+from tf_gptopt.tflite.tensors import (
+    TYPES,
+    Affine,
+    Constant,
+    Free,
+    Tensor,
+    broadcast,
+    shape_signature,
+)
 
 if TYPE_CHECKING:
     from tf_gptopt.tflite.flatbuffer import Model
@@ -65,11 +74,14 @@ class Graph:
     ) -> Tensor:
         """ADD, SUB, MUL, DIV, MINIMUM or MAXIMUM, with broadcasting; of int8 tensors the result is
         rounded to `affine`."""
-        shape = np.broadcast_shapes(a.shape, b.shape)
+        shape = broadcast(a.shape, b.shape)
         return self._op(name, [a, b], shape, a.dtype, affine, options=_ELEMENTWISE[name])
 
     def abs(self, x: Tensor) -> Tensor:
         return self._op("ABS", [x], x.shape, options="Abs")
+
+    def exp(self, x: Tensor) -> Tensor:
+        return self._op("EXP", [x], x.shape, options="Exp")
 
     def rsqrt(self, x: Tensor) -> Tensor:
         return self._op("RSQRT", [x], x.shape)
@@ -111,7 +123,8 @@ class Graph:
 
     def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         assert math.prod(shape) == math.prod(x.shape), (x.shape, shape)
-        new = self.model.constant(np.array(shape, np.int32))
+        assert sum(isinstance(size, Free) for size in shape) <= 1, shape
+        new = self.model.constant(np.array(shape_signature(shape), np.int32))
         return self._op("RESHAPE", [x, new], shape, x.dtype, x.affine)
 
     def transpose(self, x: Tensor, axes: Sequence[int]) -> Tensor:
@@ -129,8 +142,20 @@ class Graph:
         return outputs
 
     def slice(self, x: Tensor, begin: Sequence[int], size: Sequence[int]) -> Tensor:
-        start, length = (self.model.constant(np.array(v, np.int32)) for v in (begin, size))
-        return self._op("SLICE", [x, start, length], size, x.dtype, x.affine, options="Slice")
+        """`size` elements from `begin` on; a free size reaches to the end."""
+        end = [first + count for first, count in zip(begin, size, strict=True)]
+        to_end = [isinstance(count, Free) for count in size]
+        assert all(e == full for e, full, free in zip(end, x.shape, to_end, strict=True) if free)
+        bounds = begin, end, [1] * len(end)
+        return self._op(
+            "STRIDED_SLICE",
+            [x, *(self.model.constant(np.array(values, np.int32)) for values in bounds)],
+            size,
+            x.dtype,
+            x.affine,
+            options="StridedSlice",
+            endMask=sum(free << axis for axis, free in enumerate(to_end)),
+        )
 
     def part(self, x: Tensor, start: int, count: int) -> Tensor:
         """`x[start : start + count]`; no operation where that is all of x."""
@@ -186,7 +211,7 @@ class Graph:
         """Of the last two axes; the axes before them are equal or broadcast."""
         rows = a.shape[-1] if transpose_a else a.shape[-2]
         columns = b.shape[-2] if transpose_b else b.shape[-1]
-        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        batch = broadcast(a.shape[:-2], b.shape[:-2])
         flags = {"adjX": transpose_a, "adjY": transpose_b}
         return self._op(
             "BATCH_MATMUL", [a, b], (*batch, rows, columns), options="BatchMatMul", **flags
@@ -262,11 +287,13 @@ class Graph:
     def _tensor(
         self, shape: Sequence[int], dtype: np.dtype, name: str = "", affine: Affine | None = None
     ) -> Tensor:
+        shape = tuple(shape)
         table = TensorTable(shape=list(shape), type=TYPES[dtype], name=name)
+        if any(isinstance(size, Free) for size in shape):
+            table.shapeSignature = shape_signature(shape)
         if affine is not None:
             table.quantization = Scales(scale=[affine.scale], zeroPoint=[affine.zero_point])
         self.subgraph.tensors.append(table)
-        shape = tuple(map(int, shape))
         return Tensor(self, len(self.subgraph.tensors) - 1, shape, dtype, affine)
 
 

@@ -67,18 +67,9 @@ class Weights:
     cache: str  # "float32", "int8" or "int8 of fixed scale": see attention.py
 
 
-def embed(g: Graph, weights: Weights, tokens: Tensor, position: Tensor | None) -> Tensor:
-    """Tokens `(n,)` at `position, position + 1, ...` (or 0, 1, ...) -> `(n, width)`."""
-    n = tokens.shape[0]
-    steps = g.model.constant(np.arange(n, dtype=np.int32))
-    if position is None:
-        places = steps
-    elif n == 1:
-        places = position
-    else:  # padding may run past the end of the table
-        end = g.model.constant(np.array([weights.positions.shape[0] - 1], np.int32))
-        places = g.elementwise("MINIMUM", position + steps, end)
-    x = _lookup(g, tokens, weights.tokens) + _lookup(g, places, weights.positions)
+def embed(g: Graph, weights: Weights, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Tokens and their positions `(n,)` -> `(n, width)`."""
+    x = _lookup(g, tokens, weights.tokens) + _lookup(g, positions, weights.positions)
     return as_int8(g, x, weights.position_range)
 
 

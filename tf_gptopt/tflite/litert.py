@@ -64,7 +64,7 @@ def load_litert(
             lines = [line for line in log().splitlines() if "ERROR" in line]
             reason = " ".join([str(error).splitlines()[0], *lines[:1]])
             raise UserError(
-                f"LiteRT {_version()} cannot load {path} ({reason}). Export it "
+                f"LiteRT {ai_edge_litert.__version__} cannot load {path} ({reason}). Export it "
                 "again, or upgrade with `pip install -U ai-edge-litert`."
             ) from None
 
@@ -110,12 +110,6 @@ class Memory:
 def host_buffer(array: np.ndarray) -> TensorBuffer:
     """A LiteRT buffer over `array`'s own memory (LiteRT sees such buffers as flat)."""
     return TensorBuffer.create_from_host_memory(array.reshape(-1))
-
-
-def _version() -> str:
-    from importlib.metadata import version  # 15 ms, for e-mail headers
-
-    return version("ai-edge-litert")
 
 
 @functools.cache
@@ -169,7 +163,7 @@ def _cache_file(folder: Path, sha256: str, before_packing: Callable[[], None]) -
         ) from None
     os.close(handle)
     os.unlink(name)  # XNNPACK takes an existing file for a finished one
-    final = folder / f"{sha256[:16]}-{_version()}.xnnpack"
+    final = folder / f"{sha256[:16]}-{ai_edge_litert.__version__}.xnnpack"
     if final.is_file():
         yield final
         return

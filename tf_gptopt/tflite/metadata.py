@@ -1,12 +1,16 @@
 """What a .tflite file of ours says about itself, and how it shows that it is whole.
 
-Three metadata buffers: `tf_gptopt.json` holds all that the runtime needs besides the tokenizer,
-`tf_gptopt.sha256` the SHA-256 of the file with these 32 bytes at zero, and
-`tf_gptopt.structure.sha256` that of all but the content of large buffers, with both at zero. A
-flipped byte in a .tflite file mostly goes unnoticed and changes what the model says; the checksum
-notices. Flipped where numbers are, it does no more than that; in the structure it may crash LiteRT.
-So the structure is compared before LiteRT sees a file, and the rest, where that pays, while LiteRT
-loads it.
+Four metadata buffers: `tf_gptopt.json` holds all that the runtime needs besides the tokenizer, and
+three digests of 32 bytes, for which all three count as zero. A flipped byte in a .tflite file goes
+mostly unnoticed and changes what the model says; the digests notice. Flipped where numbers are, it
+does no more than that; in the structure it may crash LiteRT.
+
+- `tf_gptopt.structure.sha256` is the SHA-256 of all but the content of large buffers. It is
+  compared before LiteRT sees a file.
+- `tf_gptopt.sums.sha256` is that of the sums of the file's 64-bit words, one for each 4 KiB: a
+  tenth of the work, for damage is no attack. It is compared while LiteRT loads the file, where that
+  pays.
+- `tf_gptopt.sha256` is that of the whole file: its name, compared by `inspect`.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import json
 import mmap
 import os
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +31,13 @@ from ai_edge_litert import schema_py_generated as schema
 from tf_gptopt._errors import UserError
 from tf_gptopt.tflite.flatbuffer import Model
 
-FORMAT_VERSION = 3  # the newest that this version reads
+FORMAT_VERSION = 4  # what this version writes, and the newest that it reads
 _JSON = b"tf_gptopt.json"
 _CHECKSUM = b"tf_gptopt.sha256"
 _STRUCTURE = b"tf_gptopt.structure.sha256"
+_SUMS = b"tf_gptopt.sums.sha256"
+_DIGESTS = (_CHECKSUM, _STRUCTURE, _SUMS)
+_WORDS = 512  # of 64 bits: one sum
 _DIGEST_BYTES = 32
 _LARGE_BUFFER = 2**16  # bytes: what is no structure
 
@@ -37,12 +45,16 @@ _LARGE_BUFFER = 2**16  # bytes: what is no structure
 @dataclasses.dataclass(frozen=True)
 class Bucket:
     """A prefill, decode or verify signature: `tokens` at once, over `capacity` rows of cache (or
-    none), of which each input holds those of `group` heads (0: of all)."""
+    none), of which each input holds those of `group` heads (0: of all).
+
+    A `free` one takes any smaller cache as well, and if it is a prefill, fewer tokens.
+    """
 
     signature: str
     tokens: int
     capacity: int
     group: int = 0
+    free: bool = False
 
     @property
     def is_decode(self) -> bool:
@@ -78,33 +90,29 @@ class DamagedFile(UserError):
 def add_metadata(model: Model, values: dict[str, Any]) -> None:
     """Attach `values` (plain JSON) and room for the checksum.
 
-    Format 2 has integers where format 1 has float32, in the cache or in the logits; format 3 has
-    caches in groups of heads. A file without them is written as an older format, which older
-    versions read too.
+    Format 2 brought integers in the cache and the logits, format 3 caches in groups of heads,
+    format 4 free sizes and the inputs `positions` and `mask`.
     """
-    has_integers = "int8" in (values["cache"]["dtype"], values["logits"]["dtype"])
-    has_groups = any(bucket.get("group") for bucket in values["buckets"])
-    values = {"format_version": 3 if has_groups else 2 if has_integers else 1, **values}
+    values = {"format_version": FORMAT_VERSION, **values}
     model.metadata(_JSON.decode(), json.dumps(values).encode())
-    for name in (_CHECKSUM, _STRUCTURE):
+    for name in _DIGESTS:
         model.metadata(name.decode(), bytes(_DIGEST_BYTES))
 
 
 def seal(data: bytearray | mmap.mmap) -> str:
-    """Fill both checksums in, over earlier ones too; returns that of the file in hexadecimal."""
+    """Fill the digests in, over earlier ones too; returns that of the file in hexadecimal."""
     buffers = _buffers(data)
-    places = {n: _offset(data, buffers[n]) for n in (_CHECKSUM, _STRUCTURE) if n in buffers}
+    places = {n: _offset(data, buffers[n]) for n in _DIGESTS if n in buffers}
     large = _large_buffers(data)
     del buffers
-    for at in places.values():
-        data[at : at + _DIGEST_BYTES] = bytes(_DIGEST_BYTES)
-    if _STRUCTURE in places:  # not in files of earlier versions
-        at = places[_STRUCTURE]
-        data[at : at + _DIGEST_BYTES] = _structure_digest(data, large)
-    digest = hashlib.sha256(data).digest()
-    at = places[_CHECKSUM]
-    data[at : at + _DIGEST_BYTES] = digest
-    return digest.hex()
+    _fill(data, places, {})
+    digests = {
+        _STRUCTURE: _structure_digest(data, large),
+        _SUMS: _sums_digest(data),
+        _CHECKSUM: hashlib.sha256(data).digest(),
+    }
+    _fill(data, places, digests)
+    return digests[_CHECKSUM].hex()
 
 
 def seal_file(path: str | os.PathLike) -> str:
@@ -117,28 +125,29 @@ def seal_file(path: str | os.PathLike) -> str:
 
 
 class Verification:
-    """Compares the checksum of a whole file, in a thread of its own.
+    """A comparison that goes on in a thread of its own.
 
-    `wait` raises `DamagedFile` when it does not fit. As a context manager it waits at the end, and
-    tells of the damage rather than of what the damage led to.
+    `wait` raises `DamagedFile` when what was compared does not fit. As a context manager it waits
+    at the end, and tells of the damage rather than of what the damage led to.
+
+    Args:
+        path: the file.
+        fits: compares; None compares nothing.
     """
 
-    def __init__(self, path: Path, data: mmap.mmap | None = None, stored: bytes = b"") -> None:
-        """`data` is the file with the checksum at zero; None compares nothing."""
-        self._path, self._data, self._stored = path, data, stored
-        self._fits = data is None
-        self._thread = threading.Thread(target=self._compare, daemon=True)
-        if data is not None:
+    def __init__(self, path: Path, fits: Callable[[], bool] | None = None) -> None:
+        self._path, self._compare, self._fits = path, fits, fits is None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        if fits is not None:
             self._thread.start()
 
-    def _compare(self) -> None:
-        # one call for the whole file: LiteRT, loading it meanwhile, may hold Python's lock
-        self._fits = hashlib.sha256(self._data).digest() == self._stored
+    def _run(self) -> None:
+        self._fits = self._compare()
 
     def wait(self) -> None:
-        if self._data is not None:
+        if self._compare is not None:
             self._thread.join()
-            self._data = None
+            self._compare = None  # with its view of the file
         if not self._fits:
             raise _damaged(self._path)
 
@@ -153,13 +162,13 @@ def read_metadata(path: str | os.PathLike, verify: bool = True) -> dict[str, Any
     """The values that `add_metadata` attached, with `"sha256"` (in hexadecimal) beside them.
 
     Args:
-        verify: compare the checksum too (0.1 s per 150 MB).
+        verify: compare the digests too, that of the whole file among them (0.1 s per 150 MB).
 
     Raises:
         UserError: when the file is absent, no .tflite file, of another maker, of a newer format or
             damaged.
     """
-    values, verification = start_reading(path, verify)
+    values, verification = _read(Path(path), (_CHECKSUM, _SUMS) if verify else ())
     verification.wait()
     return values
 
@@ -167,13 +176,60 @@ def read_metadata(path: str | os.PathLike, verify: bool = True) -> dict[str, Any
 def start_reading(
     path: str | os.PathLike, verify: bool = True
 ) -> tuple[dict[str, Any], Verification]:
-    """As `read_metadata`, with the comparison of the checksum still going on. LiteRT does not crash
-    on the file, but what it computes counts only after `wait`.
+    """As `read_metadata`, with the comparison of the sums still going on. LiteRT does not crash on
+    the file, but what it computes counts only after `wait`.
 
     Raises:
         UserError: as `read_metadata`, for damage to the structure.
     """
-    path = Path(path)
+    return _read(Path(path), (_SUMS,) if verify else ())
+
+
+def _read(path: Path, wanted: Sequence[bytes]) -> tuple[dict[str, Any], Verification]:
+    """The values, and the comparison of the `wanted` digests, or what a file has in their place."""
+    data = _map(path)
+    try:
+        buffers = _buffers(data)
+        if _JSON not in buffers or _CHECKSUM not in buffers:
+            raise ForeignFile(
+                f"{path} is a .tflite file, but not one that tf_gptopt wrote: it does not say how "
+                "its cache works. Export the model with export_tflite."
+            )
+        values = json.loads(buffers[_JSON].tobytes())
+        stored = {name: buffers[name].tobytes() for name in _DIGESTS if name in buffers}
+        places = {name: _offset(data, buffers[name]) for name in stored}
+        large = _large_buffers(data) if wanted else []
+        del buffers
+        version = int(values["format_version"])
+    except UserError:
+        raise
+    except Exception:  # offsets that point anywhere end in any kind of error
+        raise _damaged(path) from None
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format {version}, and this version of tf_gptopt reads up to "
+            f"{FORMAT_VERSION}. Update tf_gptopt, or export the model with this version."
+        )
+    values["sha256"] = stored[_CHECKSUM].hex()
+    if not wanted:
+        return values, Verification(path)
+    _fill(data, places, {})  # in our copy of these pages
+    if _STRUCTURE in stored and _structure_digest(data, large) != stored[_STRUCTURE]:
+        raise _damaged(path)
+    if _SUMS not in stored:  # a file of an earlier version, with digests inside each other
+        wanted = (_CHECKSUM,)
+        _fill(data, places, {name: stored[name] for name in stored if name != _CHECKSUM})
+    compute = {_SUMS: _sums_digest, _CHECKSUM: lambda data: hashlib.sha256(data).digest()}
+    verification = Verification(
+        path, lambda: all(compute[name](data) == stored[name] for name in wanted)
+    )
+    if _STRUCTURE not in stored:
+        verification.wait()
+    return values, verification
+
+
+def _map(path: Path) -> mmap.mmap:
+    """The file in memory, to be written to without changing it."""
     if path.is_dir():
         raise UserError(f"{path} is a folder. Name the .tflite file in it.")
     if not path.is_file():
@@ -187,48 +243,7 @@ def start_reading(
         raise UserError(f"{path} cannot be read ({error}). Copy it to where it can.") from None
     if start[4:] != b"TFL3":
         raise UserError(f"{path} is not a .tflite file (or is cut short). Copy or export it again.")
-    return _read(path, data, verify)
-
-
-def _read(path: Path, data: mmap.mmap, verify: bool) -> tuple[dict[str, Any], Verification]:
-    try:
-        buffers = _buffers(data)
-        if _JSON not in buffers or _CHECKSUM not in buffers:
-            raise ForeignFile(
-                f"{path} is a .tflite file, but not one that tf_gptopt wrote: it does not say how "
-                "its cache works. Export the model with export_tflite."
-            )
-        values = json.loads(buffers[_JSON].tobytes())
-        names = [name for name in (_CHECKSUM, _STRUCTURE) if name in buffers]
-        stored = {name: buffers[name].tobytes() for name in names}
-        places = {name: _offset(data, buffers[name]) for name in names}
-        large = _large_buffers(data) if verify else []
-        del buffers
-        version = int(values["format_version"])
-    except UserError:
-        raise
-    except Exception:  # offsets that point anywhere end in any kind of error
-        raise _damaged(path) from None
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format {version}, and this version of tf_gptopt reads up to "
-            f"{FORMAT_VERSION}. Update tf_gptopt, or export the model with this version."
-        )
-    values["sha256"] = stored[_CHECKSUM].hex()
-    if not verify:
-        return values, Verification(path)
-    at = places[_CHECKSUM]
-    data[at : at + _DIGEST_BYTES] = bytes(_DIGEST_BYTES)  # of our copy of this page
-    if _STRUCTURE in stored:
-        at = places[_STRUCTURE]
-        data[at : at + _DIGEST_BYTES] = bytes(_DIGEST_BYTES)
-        if _structure_digest(data, large) != stored[_STRUCTURE]:
-            raise _damaged(path)
-        data[at : at + _DIGEST_BYTES] = stored[_STRUCTURE]
-    verification = Verification(path, data, stored[_CHECKSUM])
-    if _STRUCTURE not in stored:  # a file of an earlier version
-        verification.wait()
-    return values, verification
+    return data
 
 
 def _buffers(data: Any) -> dict[bytes, np.ndarray]:
@@ -251,6 +266,21 @@ def _large_buffers(data: Any) -> list[tuple[int, int]]:
             at = _offset(data, model.Buffers(i).DataAsNumpy())
             found.append((at, at + size))
     return sorted(found)
+
+
+def _fill(data: Any, places: dict[bytes, int], digests: dict[bytes, bytes]) -> None:
+    """Write the digests to their places, and zeros where there is none."""
+    for name, at in places.items():
+        data[at : at + _DIGEST_BYTES] = digests.get(name, bytes(_DIGEST_BYTES))
+
+
+def _sums_digest(data: Any) -> bytes:
+    """SHA-256 of the sums. One call of numpy's does the work: LiteRT, loading the file meanwhile,
+    keeps Python's lock."""
+    row = 8 * _WORDS
+    whole = len(data) // row * row
+    words = np.frombuffer(data, np.uint64, whole // 8).reshape(-1, _WORDS)
+    return hashlib.sha256(words.sum(axis=1).tobytes() + data[whole:]).digest()
 
 
 def _structure_digest(data: Any, large: list[tuple[int, int]]) -> bytes:

@@ -44,8 +44,11 @@ class TensorTable(schema.TensorT):
         name = builder.CreateString(self.name) if self.name else None
         quantization = self.quantization and self.quantization.Pack(builder)
         shape = builder.array(self.shape)
+        signature = builder.array(self.shapeSignature) if self.shapeSignature else None
         schema.TensorStart(builder)
         schema.TensorAddShape(builder, shape)
+        if signature:
+            schema.TensorAddShapeSignature(builder, signature)
         schema.TensorAddType(builder, self.type)
         schema.TensorAddBuffer(builder, self.buffer)
         if name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,6 +18,41 @@ TYPES = {
     np.dtype(np.int32): schema.TensorType.INT32,
     np.dtype(np.int8): schema.TensorType.INT8,
 }
+
+
+class Free(int):
+    """A size that may be another one at run time; its value is what the file begins with.
+
+    What is added to it or multiplied with it is free as well.
+    """
+
+    def __add__(self, other: int) -> Free:
+        return Free(int(self) + int(other))
+
+    def __mul__(self, other: int) -> Free:
+        return Free(int(self) * int(other))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+def is_one(size: int) -> bool:
+    """Whether a size is 1 and stays so."""
+    return size == 1 and not isinstance(size, Free)
+
+
+def shape_signature(shape: Sequence[int]) -> list[int]:
+    """The shape as TFLite writes one: -1 for a free size."""
+    return [-1 if isinstance(size, Free) else size for size in shape]
+
+
+def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """numpy's broadcasting, which keeps free sizes free."""
+    sizes = np.broadcast_shapes(*shapes)
+    aligned = [(1,) * (len(sizes) - len(shape)) + tuple(shape) for shape in shapes]
+    return tuple(
+        Free(size) if any(isinstance(shape[axis], Free) for shape in aligned) else size
+        for axis, size in enumerate(sizes)
+    )
 
 
 class Affine(NamedTuple):
