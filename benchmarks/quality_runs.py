@@ -97,15 +97,20 @@ def continued(lab: Lab, folder: Path, times: int) -> GPTModel:
 
 def pruned(lab: Lab, folder: Path, **config: Any) -> GPTModel:
     """At one stroke, without training."""
+    if "layers" in config:
+        config["layers"] = tuple(config["layers"])
     config = PruneConfig(schedule="constant", seed=lab.scale.seed, **config)
     return strip_pruning(prune(lab.parent, config, lab.calibration))
 
 
-def pruned_and_tuned(lab: Lab, folder: Path, taught: bool = False, **config: Any) -> GPTModel:
+def pruned_and_tuned(
+    lab: Lab, folder: Path, taught: bool = False, times: int = 1, **config: Any
+) -> GPTModel:
     """Along the cubic schedule over a third of the training; SparseGPT, which moves weights when
-    it removes others, at its beginning. `taught` by the parent, or on the labels alone."""
+    it removes others, at its beginning. `taught` by the parent, or on the labels alone; for so many
+    `times` the others' steps."""
     schedule = "constant" if config.get("score") == "sparsegpt" else "cubic"
-    steps, seed = lab.scale.tune_steps, lab.scale.seed
+    steps, seed = times * lab.scale.tune_steps, lab.scale.seed
     end = steps // 3
     config = PruneConfig(schedule=schedule, end_step=end, frequency=5, seed=seed, **config)
     sparse = prune(lab.parent, config, lab.calibration)
@@ -272,6 +277,8 @@ def runs() -> Iterator[Run]:
         row = _prune(score, 0.5, pattern=pattern)
         name = row.name.replace("tuned", "taught")
         yield dataclasses.replace(row, name=name, settings={**row.settings, "taught": True})
+        settings = {**row.settings, "times": 2}
+        yield Run(f"{row.name}-long", "tuned, longer", pruned_and_tuned, settings)
 
     for recipe in RECIPES:
         if recipe not in ("float32", "float16"):
@@ -293,6 +300,11 @@ def runs() -> Iterator[Run]:
     for sparsity in SPARSITIES:
         yield _prune("magnitude", sparsity, tuned=False, scope="global")
         yield _prune("wanda", sparsity, tuned=False, scope="output")  # its paper's group
+    for kind in ("qkv", "proj", "fc", "out"):  # where Wanda wins and where it loses
+        for score in ("magnitude", "wanda"):
+            row, layers = _prune(score, 0.5, tuned=False), [f"block_*_{kind}"]
+            settings = {**row.settings, "layers": layers}
+            yield dataclasses.replace(row, name=f"{score}-{kind}-50%", settings=settings)
     for pattern in ("2:4", "4:8", "16x1", "4x4"):
         for score in ("magnitude", "wanda", "sparsegpt"):
             yield _prune(score, 0.5, tuned=False, pattern=pattern)

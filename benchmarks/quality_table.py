@@ -100,6 +100,7 @@ def _line(name: str, row: dict[str, Any]) -> str:
         return {"half depth": first, "structured": f"shrunk by {last}"}.get(row["group"], name)
     kind = [row["score"], row["pattern"] * (row["pattern"] != "unstructured")]
     kind.append(row["scope"] * (row["scope"] != "layer"))
+    kind += [pattern.rpartition("_")[2] for pattern in row.get("layers", ())]
     group = "tuned, taught" if row.get("taught") else row["group"]
     return f"{' '.join(filter(None, kind))}, {group}"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from tf_gptopt.compression.quantization.config import QuantConfig
-from tf_gptopt.compression.quantization.grids import activation_scale
+from tf_gptopt.compression.quantization.grids import activation_scale, quantize_matrix
 from tf_gptopt.compression.quantization.rounding import layer_grid
 from tf_gptopt.models.config import GPTConfig
 
@@ -35,7 +35,9 @@ class Imitation:
         """`(time,)` ids -> `(time, vocab_size)`."""
         weights, table = self.weights, self.weights["token_embedding/embeddings"]
         positions = weights["position_embedding/embeddings"][: len(ids)]
-        if not self.quant.keeps_float("position_embedding"):
+        if self.quant.weights_of("position_embedding") == "int4":
+            positions = quantize_matrix(positions).values()
+        elif not self.quant.keeps_float("position_embedding"):
             positions = positions.astype(np.float16).astype(np.float32)
         x = self.added("position_embedding", table[ids] + positions)
         for i, heads in enumerate(self.config.block_heads):

@@ -15,6 +15,7 @@ from tf_gptopt.compression.quantization.rounding import (
     as_float16,
     check_finite,
     layer_grid,
+    position_grid,
     round_positions,
     shared_peaks,
 )
@@ -131,9 +132,13 @@ class _Writer:
         return grid
 
     def positions(self) -> Constant:
-        table = round_positions(self.weights[POSITIONS], self.quant)
-        keeps = self.quant.weights_of("position_embedding") == "float32"
-        return self.model.constant(table if keeps else table.astype(np.float16), POSITIONS)
+        table, kind = self.weights[POSITIONS], self.quant.weights_of("position_embedding")
+        if kind == "int4":
+            return self.model.grid(position_grid(table), POSITIONS)
+        table = round_positions(table, self.quant)
+        return self.model.constant(
+            table.astype(np.float32 if kind == "float32" else np.float16), POSITIONS
+        )
 
     def norm(self, name: str) -> Norm:
         gamma, beta = self.weights[f"{name}/gamma"], self.weights[f"{name}/beta"]

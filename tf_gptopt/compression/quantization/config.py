@@ -45,8 +45,8 @@ class QuantConfig:
     """What is quantized, and to what. Needs no TensorFlow.
 
     Quantized are the kernels of all products and the token table. LayerNorms, biases and attention
-    stay float in each scheme; the position table is float16 beside integer weights.
-    `QuantConfig.from_recipe` has names for the common cases.
+    stay float in each scheme; the position table is float16 beside int8 weights and int8 beside
+    int4. `QuantConfig.from_recipe` has names for the common cases.
 
     Args:
         weights: a name from `WEIGHTS`.

@@ -52,7 +52,7 @@ def quantize(
     It is an ordinary model: it computes in float, saves, loads and generates as any other, and
     `export_tflite` with the same config stores its weights to the bit. A model that is on its grids
     already keeps them, so quantizing twice is quantizing once; weights that are zero stay zero. The
-    position table is float16, as in the file.
+    position table is what the file has.
 
     Args:
         model: a plain model of any dtype policy; it is not changed.

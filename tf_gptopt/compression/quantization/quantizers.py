@@ -130,6 +130,19 @@ class HalfQuantizer(FloatQuantizer):
 
 
 @register
+class RowQuantizer(FloatQuantizer):
+    """Puts the position table on int8, a scale for each position, whatever other weights do."""
+
+    def build(self, tensor_shape: Any, name: str, layer: keras.layers.Layer) -> State:
+        bits = keras.initializers.Constant(8)
+        return {"bits": layer.add_weight(f"{name}_bits", (), tf.float32, bits, trainable=False)}
+
+    def __call__(self, inputs: Any, training: Any, weights: State, **kwargs: Any) -> tf.Tensor:
+        inputs, bits = map(tf.convert_to_tensor, (inputs, weights["bits"]))
+        return fake_quantize(inputs, bits, tf.ones(inputs.shape[0]), Layout(0, "channel"))
+
+
+@register
 class StaticQuantizer(Quantizer):
     """Rounds activations to int8 in a range that follows those seen in training.
 

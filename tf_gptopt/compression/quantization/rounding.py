@@ -113,9 +113,17 @@ def round_matrix(
 
 
 def round_positions(table: np.ndarray, config: QuantConfig) -> np.ndarray:
-    """The position table as the file has it: float16, unless weights are float32."""
-    keeps = config.weights_of("position_embedding") == "float32"
-    return table if keeps else as_float16(POSITIONS, table)
+    """The position table as the file has it: float32 or float16 beside such weights, float16 beside
+    int8, and int8 beside int4, each position with its scale."""
+    kind = config.weights_of("position_embedding")
+    if kind == "int4":
+        return position_grid(table).values()
+    return table if kind == "float32" else as_float16(POSITIONS, table)
+
+
+def position_grid(table: np.ndarray) -> Grid:
+    """The grid of an int8 position table `(context, width)`."""
+    return find_grid(table) or quantize_matrix(table)
 
 
 def as_float16(name: str, weight: np.ndarray) -> np.ndarray:

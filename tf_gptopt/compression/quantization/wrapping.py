@@ -13,6 +13,7 @@ from tf_gptopt.compression.quantization.quantizers import (
     FloatQuantizer,
     GridQuantizer,
     HalfQuantizer,
+    RowQuantizer,
     StaticQuantizer,
 )
 from tf_gptopt.models.layers import (
@@ -33,7 +34,7 @@ class LayerScheme(quantization.QuantizeConfig):
     """What a `QuantConfig` means for one layer.
 
     - Dense: kernel, and with static activations its input and output;
-    - TokenEmbedding: the table; PositionEmbedding: its table, which is float16 in the file;
+    - TokenEmbedding: the table; PositionEmbedding: its table, as `rounding.round_positions`;
     - TokenLogits: with static activations its input and output (its table is quantized already);
     - CausalSelfAttention: keys and values, as an int8 cache rounds them;
     - PositionEmbedding and Add: their output, the residual stream, with `quantize_adds`.
@@ -66,7 +67,7 @@ class LayerScheme(quantization.QuantizeConfig):
         if kind == "float32":
             return FloatQuantizer()
         if kind == "float16" or isinstance(layer, PositionEmbedding):
-            return HalfQuantizer()
+            return RowQuantizer() if kind == "int4" else HalfQuantizer()
         bits = BITS[kind]
         group = self.quantization.group_of(layer.name, weight.shape[1 - channel_axis])
         return GridQuantizer(bits, channel_axis, group, self.keep_zeros, self.learned)
