@@ -3,6 +3,7 @@
     python benchmarks/quality.py --texts FOLDER     # both corpora: some hours on two cores
     python benchmarks/quality.py --texts FOLDER wikitext2 --only "*-50%*"
     python benchmarks/quality.py checkpoint --texts FOLDER    # of a trained GPT-2: minutes
+    python benchmarks/quality.py python-again --only "*-fc-*"    # on another processor
     python benchmarks/quality.py --minutes 30       # as far as that goes; again goes on
     python benchmarks/quality.py --quick            # a smoke test: a tiny model, few steps
 
@@ -10,8 +11,10 @@ FOLDER has WikiText-2's train.txt and valid.txt (for `checkpoint`, a Hugging Fac
 corpus is the standard library's source code. A parent of 5.8 million parameters is trained on each,
 beside the same model in PyTorch on the same tokens, so that nobody compresses a strawman; then
 every technique of `quality_runs.py` starts from it. Everything is kept in --work: interrupted
-anywhere, the same command goes on, and a finished run is not run again. Needs the extra `bench`.
-Results, as far as they have come, are in benchmarks/results/quality.json; the plots go to docs/.
+anywhere, the same command goes on, and a finished run is not run again. Rows of an earlier --work
+stay, if both began with the same parent: on another processor the same training ends with another
+one, and `python-again` is a name for those. Needs the extra `bench`. Results, as far as they have
+come, are in benchmarks/results/quality.json; the plots go to docs/.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from benchmarks.quality_speed import time_decoding
 from benchmarks.quality_table import fill, plot, print_table
 from tf_gptopt._files import read_json, write_json
 
-CORPORA = ("wikitext2", "python", "checkpoint")
+CORPORA = ("wikitext2", "python", "python-again", "checkpoint")
 _SAME_PARENT = 2e-3  # nats: what another processor's rounding may change
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

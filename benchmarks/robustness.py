@@ -71,9 +71,7 @@ def write_bases(folder: Path) -> list[Path]:
         QuantConfig("int4"),
         QuantConfig(kv_cache="int8"),
     ):
-        data, _ = build_tflite(
-            config, weights, quant, prefill_lengths=[8], decode_capacities=[16, 32]
-        )
+        data, _ = build_tflite(config, weights, quant)
         paths.append(folder / f"{quant.name}.tflite")
         paths[-1].write_bytes(data)
     return paths

@@ -168,13 +168,17 @@ class Program:
             capacity = self._capacity(cache, bucket)
             if cache.capacity != capacity:
                 cache.resize(capacity)
-            inputs = cache.inputs(bucket.group)
-            buffers = buffers | inputs.buffers
+            past = cache.inputs(bucket.group)
+            buffers = buffers | past.buffers
             if capacity != self._capacities.get(bucket.signature, bucket.capacity):
                 self._capacities[bucket.signature] = 0  # neither, if something strikes now
-                self._resize(call.index, call.input_names, inputs.sizes)
+                self._resize(call.index, call.input_names, past.sizes)
                 self._capacities[bucket.signature] = capacity
-        self._run(bucket.signature, call, [buffers[name] for name in call.input_names])
+        try:
+            inputs = [buffers[name] for name in call.input_names]
+        except KeyError as error:
+            raise _cannot_run(error) from None
+        self._run(bucket.signature, call, inputs)
         end = start + count
         if end > cache.capacity:
             bucket = next(b for b in self._decodes if b.capacity >= end)
