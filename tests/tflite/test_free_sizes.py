@@ -43,7 +43,7 @@ def build(folder, scheme, heads, head_dim, seed=0):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_any_order_of_sizes(tmp_path, monkeypatch, scheme, heads, head_dim):
     """Three conversations of different lengths in turn, through every length of a prefill."""
-    monkeypatch.setattr(program, "_FEW", CONTEXT)  # every number of tokens is a size of its own
+    monkeypatch.setattr(program, "_size", lambda count: count)  # each number is one of its own
     gpt, _ = build(tmp_path, scheme, heads, head_dim)
     rng = np.random.default_rng(1)
     ids = rng.integers(0, 61, CONTEXT)

@@ -1,16 +1,16 @@
 """What a .tflite file of ours says about itself, and how it shows that it is whole.
 
 Four metadata buffers: `tf_gptopt.json` holds all that the runtime needs besides the tokenizer, and
-three digests of 32 bytes, for which all three count as zero. A flipped byte in a .tflite file goes
-mostly unnoticed and changes what the model says; the digests notice. Flipped where numbers are, it
-does no more than that; in the structure it may crash LiteRT.
+three digests of 32 bytes, which count as zero for themselves and those before them. A flipped byte
+in a .tflite file goes mostly unnoticed and changes what the model says; the digests notice. Flipped
+where numbers are, it does no more than that; in the structure it may crash LiteRT.
 
-- `tf_gptopt.structure.sha256` is the SHA-256 of all but the content of large buffers. It is
-  compared before LiteRT sees a file.
+- `tf_gptopt.sha256` is the SHA-256 of the whole file: its name, compared by `inspect`.
+- `tf_gptopt.structure.sha256` is that of all but the content of large buffers. It is compared
+  before LiteRT sees a file.
 - `tf_gptopt.sums.sha256` is that of the sums of the file's 64-bit words, one for each 4 KiB: a
   tenth of the work, for damage is no attack. It is compared while LiteRT loads the file, where that
   pays.
-- `tf_gptopt.sha256` is that of the whole file: its name, compared by `inspect`.
 """
 
 from __future__ import annotations
@@ -106,11 +106,9 @@ def seal(data: bytearray | mmap.mmap) -> str:
     large = _large_buffers(data)
     del buffers
     _fill(data, places, {})
-    digests = {
-        _STRUCTURE: _structure_digest(data, large),
-        _SUMS: _sums_digest(data),
-        _CHECKSUM: hashlib.sha256(data).digest(),
-    }
+    digests = {_CHECKSUM: hashlib.sha256(data).digest()}
+    _fill(data, places, digests)
+    digests |= {_STRUCTURE: _structure_digest(data, large), _SUMS: _sums_digest(data)}
     _fill(data, places, digests)
     return digests[_CHECKSUM].hex()
 
@@ -213,16 +211,23 @@ def _read(path: Path, wanted: Sequence[bytes]) -> tuple[dict[str, Any], Verifica
     values["sha256"] = stored[_CHECKSUM].hex()
     if not wanted:
         return values, Verification(path)
-    _fill(data, places, {})  # in our copy of these pages
+    # in our copy of these pages; in files of earlier versions the checksum came last
+    is_new = _SUMS in stored
+    first = {_CHECKSUM: stored[_CHECKSUM]} if is_new else {}
+    _fill(data, places, first)
     if _STRUCTURE in stored and _structure_digest(data, large) != stored[_STRUCTURE]:
         raise _damaged(path)
-    if _SUMS not in stored:  # a file of an earlier version, with digests inside each other
-        wanted = (_CHECKSUM,)
-        _fill(data, places, {name: stored[name] for name in stored if name != _CHECKSUM})
-    compute = {_SUMS: _sums_digest, _CHECKSUM: lambda data: hashlib.sha256(data).digest()}
-    verification = Verification(
-        path, lambda: all(compute[name](data) == stored[name] for name in wanted)
-    )
+
+    def fits() -> bool:
+        if is_new and _sums_digest(data) != stored[_SUMS]:
+            return False
+        if is_new and _CHECKSUM not in wanted:
+            return True
+        later = {} if is_new else {n: d for n, d in stored.items() if n != _CHECKSUM}
+        _fill(data, places, later)
+        return hashlib.sha256(data).digest() == stored[_CHECKSUM]
+
+    verification = Verification(path, fits)
     if _STRUCTURE not in stored:
         verification.wait()
     return values, verification

@@ -19,7 +19,6 @@ from tf_gptopt.tflite.metadata import Bucket
 
 _NEAR = 8  # tokens that a cache has room for at least
 _LEAST_STEP = 32  # rows by which a cache grows
-_FEW, _ROUND = 8, 16  # tokens: a free prefill of more than a few reads multiples, for fewer shapes
 _FED = ("tokens", "last", "position", "positions", "hidden")  # inputs that are not the cache
 _WITHOUT_VERIFY = 5  # tokens to verify at once, in a file whose prefill signatures have to do it
 
@@ -152,8 +151,7 @@ class Program:
         count, start, size = len(ids), cache.length, bucket.tokens
         is_free = bucket.free and bucket.is_prefill
         if is_free:
-            rounded = count if count <= _FEW else -(-count // _ROUND) * _ROUND
-            size = min(rounded, size, len(cache.tokens) - start)
+            size = min(_size(count), size, len(cache.tokens) - start)
         call = self._ready(bucket.signature, size, is_free)
         call.inputs["tokens"][:count] = ids  # behind them, ids of an earlier call are padding
         if "last" in call.inputs:
@@ -201,7 +199,7 @@ class Program:
         logits = np.empty((len(hidden), self.config.vocab_size), np.float32)
         for start in range(0, len(hidden), rows):
             piece = hidden[start : start + rows]
-            size = len(piece) if self._logits_free else rows
+            size = min(_size(len(piece)), rows) if self._logits_free else rows
             call = self._ready(name, size, self._logits_free)
             call.inputs["hidden"][: piece.size] = piece.reshape(-1)
             self._run(name, call, [call.input_buffers["hidden"]])
@@ -291,6 +289,13 @@ class Program:
 def _cannot_run(error: Exception) -> UserError:
     reason = " ".join(str(error).split())
     return UserError(f"LiteRT cannot run this file ({reason}). Copy or export it again.")
+
+
+def _size(count: int) -> int:
+    """How many tokens a free signature reads for the sake of so many: a change of size costs it
+    some milliseconds, so there are few. Five take as long as two: see `plan_verifies`."""
+    few = next((size for size in (1, _WITHOUT_VERIFY, 8) if count <= size), 0)
+    return few or -(-count // 16) * 16
 
 
 def _rows(least: int, most: int) -> int:
