@@ -185,8 +185,8 @@ def test_xnnpack_takes_all_but_look_ups_and_positions(exported, scheme):
     found = inspect_tflite(runtime.path)
     assert found.xnnpack is None
     decode = next(s for s in found.signatures if s.name == "decode")
-    # the position table is float16
-    assert decode.left == {"EMBEDDING_LOOKUP": 2, "CAST": 1}
+    half = {"CAST": 1} if scheme.weights == "int8" else {}  # the position table is float16
+    assert decode.left == {"EMBEDDING_LOOKUP": 2, **half}
     assert decode.taken > 60
     for signature in found.signatures:
         assert set(signature.left) <= {"EMBEDDING_LOOKUP", "CAST", "ADD", "MINIMUM"}
@@ -327,12 +327,12 @@ def test_large_caches_come_in_groups_of_heads(tmp_path):
         for name, shape in weight_shapes(config).items()
     }
     data, info = build_tflite(config, weights, QuantConfig("float32"))
-    assert info.signatures == ("prefill", "decode_672", "decode_1344", "decode", "logits")
+    assert info.signatures == ("prefill", "decode_1344", "decode", "logits")
     (tmp_path / "m.tflite").write_bytes(data)
     runtime = TFLiteGPT(tmp_path / "m.tflite", threads=1)
     ids = rng.integers(0, 64, 2000)
     whole = runtime.logits(ids)
-    for start in (650, 1300, 1980):  # around each change, up to the last token
+    for start in (20, 1300, 1980):  # around each change, up to the last token
         runtime.reset()
         runtime.prefill(ids[:start])
         for position in range(start, min(start + 60, 2000)):

@@ -31,10 +31,10 @@ FIXED = "int8 of fixed scale"
 _STEEP = 1e9  # what a forbidden score is lowered by, per position
 _SMALLEST = 1e-30  # a scale, so that nothing is divided by zero
 
-# The cache comes in as float32, or becomes it, a few heads at a time: what is computed from it then
-# stays in the second-level cache of a processor core. Each group is an input of its own, because
-# taking slices out of one input costs as much as what is done with them.
-_HEAD_GROUP_BYTES = 1024 * 1024
+# A large cache comes in a few heads at a time: what is computed from it then stays in the caches of
+# a processor's cores. Each group is an input of its own, because taking slices out of one input
+# costs as much as what is done with them.
+_HEAD_GROUP_BYTES = 2 * 1024 * 1024
 _ALIGNMENT = 64  # bytes: what LiteRT wants of an input that it reads in place
 CAPACITY_STEP = 32  # rows: free capacities are multiples of it, so that groups begin at such places
 
@@ -78,9 +78,10 @@ def heads_at_once(heads: int, capacity: int, head_dim: int, cache: str) -> int:
     all."""
     if not capacity:
         return 0
-    groups = math.ceil(heads * capacity * head_dim * 4 / _HEAD_GROUP_BYTES)
+    size = head_dim * (4 if cache == "float32" else 1)
+    groups = math.ceil(heads * capacity * size / _HEAD_GROUP_BYTES)
     each = math.ceil(heads / min(groups, heads))
-    row = each * head_dim * (4 if cache == "float32" else 1)
+    row = each * size
     aligned = all(row * rows % _ALIGNMENT == 0 for rows in (capacity, CAPACITY_STEP))
     return each if each < heads and aligned else 0
 
