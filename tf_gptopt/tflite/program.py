@@ -168,7 +168,7 @@ class Program:
                 cache.resize(capacity)
             past = cache.inputs(bucket.group)
             buffers = buffers | past.buffers
-            if capacity != self._capacities.get(bucket.signature, bucket.capacity):
+            if bucket.free and capacity != self._capacities.get(bucket.signature):
                 self._capacities[bucket.signature] = 0  # neither, if something strikes now
                 self._resize(call.index, call.input_names, past.sizes)
                 self._capacities[bucket.signature] = capacity

@@ -2,9 +2,9 @@
 
 The first two are one forward pass: tokens come in and look back at a KV cache. XNNPACK copies the
 whole cache on every call, so a token costs what the capacity is and not what is filled. Sizes
-marked with * are free: the shape in the file is the largest, and a runtime gives smaller arrays.
-LiteRT then computes with those; changing takes it a millisecond or two. So the runtime's cache
-grows in small steps, and one function serves all of them.
+marked with * are free: the shape in the file is where they begin, the metadata says how far they
+go, and a runtime chooses. LiteRT then computes with what it is given; a change takes it a
+millisecond or two. So the runtime's cache grows in small steps, and one function serves them all.
 
 - `prefill` reads n tokens: `tokens` (n*,), `positions` (n*,) int32, `mask` (capacity*,) float32 and
   a cache. It returns `hidden` (n*, width) and the new keys and values.
@@ -53,6 +53,7 @@ from tf_gptopt.tflite.tensors import Free, Tensor
 
 LOGITS_ROWS = 128  # positions that `logits` does at once
 _PREFILL_LENGTHS = (16, 32, 64, 128, 256)
+_FIRST_TOKENS, _FIRST_ROWS = 16, 32  # sizes of a free prefill in the file: XNNPACK plans for them
 _VERIFY_LENGTH = 5
 
 
@@ -155,7 +156,9 @@ def add_step(model: Model, weights: Weights, bucket: Bucket) -> None:
     """Add a prefill, decode or verify signature to `model`."""
     config, n, capacity = weights.config, bucket.tokens, bucket.capacity
     if bucket.free:
-        n, capacity = n if bucket.is_decode else Free(n), Free(capacity)
+        if not bucket.is_decode:  # planned for the largest sizes, it takes 25 MB more at once
+            n, capacity = Free(min(n, _FIRST_TOKENS)), min(capacity, _FIRST_ROWS)
+        capacity = Free(capacity)
     epsilon = config.layer_norm_epsilon
     g = model.graph(bucket.signature)
     tokens, positions = (g.input(name, [n], np.int32) for name in ("tokens", "positions"))
@@ -197,7 +200,7 @@ def add_step(model: Model, weights: Weights, bucket: Bucket) -> None:
 def add_logits(model: Model, weights: Weights, rows: int, fixed: bool = False) -> str:
     """Add `logits`, for any number of rows up to this, or `logits_{rows}`; returns its name."""
     name = f"logits_{rows}" if fixed else "logits"
-    width, count = weights.config.embedding_dim, rows if fixed else Free(rows)
+    width, count = weights.config.embedding_dim, rows if fixed else Free(1)
     g = model.graph(name)
     hidden = g.reshape(g.input("hidden", [count * width]), [count, width])
     _output_logits(g, weights, hidden)
