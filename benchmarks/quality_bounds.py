@@ -41,14 +41,14 @@ def bounds(rows: Rows) -> list[dict[str, Any]]:
         ),
         ("the same, taught by the parent", "at most +2%", worse("magnitude-50%-taught", 0.02)),
         (
-            "the same, on the labels for twice the steps",
+            "50% magnitude, fine-tuned for twice the steps",
             "at most +2%",
             worse("magnitude-50%-tuned-long", 0.02),
         ),
         ("2:4, fine-tuned", "at most +4%", lambda: at_most(min(map(change, two_four)), 0.04)),
         ("the same, taught by the parent", "at most +4%", worse("sparsegpt-2of4-50%-taught", 0.04)),
         (
-            "the same, on the labels for twice the steps",
+            "2:4, fine-tuned for twice the steps",
             "at most +4%",
             worse("sparsegpt-2of4-50%-tuned-long", 0.04),
         ),
