@@ -19,7 +19,7 @@ from tf_gptopt.compression.distillation.losses import (
     SoftLabels,
 )
 from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
-from tf_gptopt.compression.pruning.config import PruneConfig
+from tf_gptopt.compression.pruning.config import BLOCK_KERNELS, PruneConfig
 from tf_gptopt.compression.pruning.pruner import prune, strip_pruning
 from tf_gptopt.compression.quantization.config import RECIPES, QuantConfig
 from tf_gptopt.compression.quantization.ptq import quantize
@@ -101,6 +101,16 @@ def pruned(lab: Lab, folder: Path, **config: Any) -> GPTModel:
         config["layers"] = tuple(config["layers"])
     config = PruneConfig(schedule="constant", seed=lab.scale.seed, **config)
     return strip_pruning(prune(lab.parent, config, lab.calibration))
+
+
+def pruned_by_two(lab: Lab, folder: Path, sparsity: float, magnitude: str) -> GPTModel:
+    """By magnitude where a `magnitude` kernel is, by Wanda elsewhere."""
+    rest = tuple(pattern for pattern in BLOCK_KERNELS if pattern != magnitude)
+    model = lab.parent
+    for score, layers in (("wanda", rest), ("magnitude", (magnitude,))):
+        config = PruneConfig(sparsity, score=score, layers=layers, schedule="constant")
+        model = strip_pruning(prune(model, config, lab.calibration))
+    return model
 
 
 def pruned_and_tuned(
@@ -305,6 +315,8 @@ def runs() -> Iterator[Run]:
             row, layers = _prune(score, 0.5, tuned=False), [f"block_*_{kind}"]
             settings = {**row.settings, "layers": layers}
             yield dataclasses.replace(row, name=f"{score}-{kind}-50%", settings=settings)
+    two = {"sparsity": 0.5, "magnitude": "block_*_out"}
+    yield Run("wanda-but-out-50%", "one-shot", pruned_by_two, two)
     for pattern in ("2:4", "4:8", "16x1", "4x4"):
         for score in ("magnitude", "wanda", "sparsegpt"):
             yield _prune(score, 0.5, tuned=False, pattern=pattern)
