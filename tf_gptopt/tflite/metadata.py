@@ -1,7 +1,7 @@
 """What a .tflite file of ours says about itself, and how it shows that it is whole.
 
 Four metadata buffers: `tf_gptopt.json` holds all that the runtime needs besides the tokenizer, and
-three digests of 32 bytes, which count as zero for themselves and those before them. A flipped byte
+three digests of 32 bytes. The first takes all three for zero, the others themselves. A flipped byte
 in a .tflite file goes mostly unnoticed and changes what the model says; the digests notice. Flipped
 where numbers are, it does no more than that; in the structure it may crash LiteRT.
 
