@@ -109,13 +109,16 @@ def with_recorded(outcome: dict[str, Any], recorded: dict[str, Any]) -> dict[str
     each other where both started from the same parent."""
     theirs, ours = (found.get("rows", {}).get("parent") for found in (recorded, outcome))
     same = ("constants", "train_tokens", "valid_tokens")
-    if any(recorded.get(name) != outcome.get(name) for name in same) or (
-        theirs and ours and abs(theirs["loss"] - ours["loss"]) > _SAME_PARENT
-    ):
+    if any(recorded.get(name) != outcome.get(name) for name in same):
         return outcome
+    if theirs and ours and abs(theirs["loss"] - ours["loss"]) > _SAME_PARENT:
+        sys.exit(
+            f"The recorded rows began with another parent (loss {theirs['loss']}, here "
+            f"{ours['loss']}): nothing was written, and --work keeps what was run. Rename its "
+            "folder to python-again and run that, or remove the corpus from the results."
+        )
     found = {**recorded["rows"], **outcome["rows"]}
-    names = [run.name for run in runs()]
-    rows = {name: found[name] for name in sorted(found, key=names.index) if name in names}
+    rows = {run.name: found[run.name] for run in runs() if run.name in found}
     pytorch = outcome["pytorch"] or recorded["pytorch"]
     return {**outcome, "pytorch": pytorch, "rows": rows, "bounds": bounds(rows)}
 

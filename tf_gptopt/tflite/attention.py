@@ -23,7 +23,7 @@ import numpy as np
 
 from tf_gptopt.tflite.graph import Graph
 from tf_gptopt.tflite.layers import as_float
-from tf_gptopt.tflite.metadata import head_groups
+from tf_gptopt.tflite.metadata import CAPACITY_STEP, head_groups
 from tf_gptopt.tflite.tensors import Affine, Free, Tensor, is_one
 
 FIXED = "int8 of fixed scale"
@@ -36,7 +36,6 @@ _SMALLEST = 1e-30  # a scale, so that nothing is divided by zero
 # costs as much as what is done with them.
 _HEAD_GROUP_BYTES = 2 * 1024 * 1024
 _ALIGNMENT = 64  # bytes: what LiteRT wants of an input that it reads in place
-CAPACITY_STEP = 32  # rows: free capacities are multiples of it, so that groups begin at such places
 
 
 @dataclasses.dataclass(frozen=True)

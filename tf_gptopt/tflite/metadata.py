@@ -32,6 +32,8 @@ from tf_gptopt._errors import UserError
 from tf_gptopt.tflite.flatbuffer import Model
 
 FORMAT_VERSION = 4  # what this version writes, and the newest that it reads
+# rows: free capacities are multiples of it, so that groups of heads begin where LiteRT can read
+CAPACITY_STEP = 32
 _JSON = b"tf_gptopt.json"
 _CHECKSUM = b"tf_gptopt.sha256"
 _STRUCTURE = b"tf_gptopt.structure.sha256"

@@ -15,10 +15,9 @@ from tf_gptopt._errors import UserError
 from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.tflite.cache import KVCache
 from tf_gptopt.tflite.litert import aligned_zeros, host_buffer
-from tf_gptopt.tflite.metadata import Bucket
+from tf_gptopt.tflite.metadata import CAPACITY_STEP, Bucket
 
 _NEAR = 8  # tokens that a cache has room for at least
-_LEAST_STEP = 32  # rows by which a cache grows
 _FED = ("tokens", "last", "position", "positions", "hidden")  # inputs that are not the cache
 _WITHOUT_VERIFY = 5  # tokens to verify at once, in a file whose prefill signatures have to do it
 
@@ -300,5 +299,5 @@ def _size(count: int) -> int:
 
 def _rows(least: int, most: int) -> int:
     """The capacity of a cache for so many tokens: with room for an eighth more, at least."""
-    step = max(_LEAST_STEP, 1 << max(0, least.bit_length() - 4))
+    step = max(CAPACITY_STEP, 1 << max(0, least.bit_length() - 4))
     return min(-(-least // step) * step, most)

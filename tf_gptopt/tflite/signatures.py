@@ -48,7 +48,7 @@ from tf_gptopt.tflite import attention, layers
 from tf_gptopt.tflite.flatbuffer import Model
 from tf_gptopt.tflite.graph import Graph
 from tf_gptopt.tflite.layers import Weights
-from tf_gptopt.tflite.metadata import Bucket
+from tf_gptopt.tflite.metadata import CAPACITY_STEP, Bucket
 from tf_gptopt.tflite.tensors import Free, Tensor
 
 LOGITS_ROWS = 128  # positions that `logits` does at once
@@ -135,7 +135,7 @@ def group_heads(buckets: Sequence[Bucket], weights: Weights) -> list[Bucket]:
     """
     found: list[Bucket] = []
     for bucket in buckets:
-        most, step = bucket.capacity, attention.CAPACITY_STEP
+        most, step = bucket.capacity, CAPACITY_STEP
         if bucket.free and not bucket.is_decode:
             found.append(bucket)
             continue
