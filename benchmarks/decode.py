@@ -11,7 +11,8 @@ Each engine lives in a process of its own and they work in turn, so that other w
 hits all; what counts is the median of the rounds' ratios. Tokens are chosen greedily, which is part
 of the time. Before anything is timed, the logits for the same prompt are compared: the
 engines run the same model. Beside them stand the file's size, the share of what the memory's
-bandwidth allows, the time from nothing to a first token, and the memory that this takes.
+bandwidth allows, the time from nothing to a first token with the files in the system's memory, and
+the memory that this takes.
 
 Other work on the machine slows llama.cpp's threads, which wait actively for each other, more than
 LiteRT's: only an idle machine gives numbers to compare. docs/performance.md says where a token's
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import os
 import sys
@@ -43,6 +45,7 @@ ENGINES = {
     "int8": ("Ours", "int8.tflite"),
     "int8-cache": ("Ours", "int8-cache.tflite"),
     "int4": ("Ours", "int4.tflite"),
+    "int4-cache": ("Ours", "int4-cache.tflite"),
     "llama.cpp Q8_0": ("LlamaCpp", "Q8_0.gguf"),
     "llama.cpp Q4_0": ("LlamaCpp", "Q4_0.gguf"),
     "ctranslate2 int8": ("CTranslate2", "ctranslate2"),
@@ -51,20 +54,28 @@ PAIRS = [
     ("int8", "llama.cpp Q8_0"),
     ("int8-cache", "llama.cpp Q8_0"),
     ("int4", "llama.cpp Q4_0"),
+    ("int4-cache", "llama.cpp Q4_0"),
     ("int8", "ctranslate2 int8"),
+    ("int8-cache", "ctranslate2 int8"),
 ]
 PREFILLS, POSITIONS, DECODED = (32, 512), (64, 512, 1000), 20
 SAME_MODEL = {"int8": 0.99, "int4": 0.5}  # correlation of logits: 4 bits of noise are not rounding
 
 
-def compare(measures: dict[str, Any], rounds: int, vocab_size: int) -> dict[str, Any]:
-    """All engines through all cases: tokens per second of each, ratios of each pair."""
+def compare(
+    measures: dict[str, Any], rounds: int, vocab_size: int, threads: int
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """All engines through all cases: tokens per second of each, ratios of each pair; and of each
+    case the memory's bandwidth in every round."""
+    roofs: dict[str, list[float]] = {}
     rng = np.random.default_rng(0)
     rates: dict[str, dict[str, list[float]]] = {}
     logits: dict[str, np.ndarray] = {}
     for i in range(rounds + 1):
         for length in sorted({*PREFILLS, *POSITIONS}):
             prompt = rng.integers(0, vocab_size, length)
+            if i and length in POSITIONS:
+                roofs.setdefault(f"decode {length}", []).append(bandwidth(threads))
             for name in list(measures)[:: 1 if i % 2 else -1]:
                 count = DECODED if length in POSITIONS else 0
                 prefill, token, first = measures[name](prompt, count)
@@ -83,7 +94,7 @@ def compare(measures: dict[str, Any], rounds: int, vocab_size: int) -> dict[str,
             found = float(np.corrcoef(logits[ours], logits[theirs])[0, 1])
             if found < SAME_MODEL[ours.partition("-")[0]]:
                 raise RuntimeError(f"{ours} and {theirs} disagree: correlation {found:.3f}.")
-    return {
+    measured = {
         case: {
             "tokens_per_second": {name: spread(values) for name, values in engines.items()},
             "ratio": {
@@ -95,6 +106,7 @@ def compare(measures: dict[str, Any], rounds: int, vocab_size: int) -> dict[str,
         }
         for case, engines in rates.items()
     }
+    return measured, roofs
 
 
 def capacity_cost(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
@@ -120,6 +132,8 @@ def loading(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     for _ in range(rounds + 1):
         for name, case in cases.items():
+            # XNNPACK has the system forget a file that it has packed, for all processes
+            warm(folder / case[2], *(folder / "weight_cache").glob("*"))
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 found[name].append(pool.apply(load_once, case))
     return {
@@ -128,7 +142,15 @@ def loading(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def bandwidth(threads: int, size: int = 2**29) -> float:
+def warm(*files: Path) -> None:
+    """Read them, so that they are in the system's memory."""
+    for file in files:
+        with open(file, "rb") as opened:
+            while opened.read(2**24):
+                pass
+
+
+def bandwidth(threads: int, size: int = 2**28) -> float:
     """Gigabytes that this machine's threads read in a second, the best of five."""
     data = np.ones(size // 8, np.int64)
     parts = np.array_split(data, threads)
@@ -145,16 +167,23 @@ def bandwidth(threads: int, size: int = 2**29) -> float:
 
 
 def share_of_roof(
-    measured: dict[str, Any], sizes: dict[str, Any], config: Any, roof: float
-) -> dict[str, float]:
-    """What a token has to read, weights and live cache, over its time: a share of the bandwidth."""
+    measured: dict[str, Any], sizes: dict[str, Any], config: Any, roofs: dict[str, list[float]]
+) -> dict[str, Any]:
+    """What a token has to read, weights and live cache, over its time: a share of the bandwidth,
+    which the neighbours of a shared machine change from one second to the next. So it is measured
+    in every round, beside the tokens. llama.cpp's cache is float16."""
     shares = {}
     for position in POSITIONS:
-        for name, each in (("int8", 4), ("int8-cache", 1)):
-            rate = measured[f"decode {position}"]["tokens_per_second"][name]["median"]
+        case = f"decode {position}"
+        for name, each in (("int8", 4), ("int8-cache", 1), ("llama.cpp Q8_0", 2)):
             cache = 2 * config.num_layers * config.embedding_dim * position * each
-            shares[f"{name} {position}"] = round(
-                (sizes[name]["bytes"] + cache) * rate / roof / 1e9, 3
+            rates = measured[case]["tokens_per_second"][name]["all"]
+            shares[f"{name} {position}"] = spread(
+                [
+                    (sizes[name]["bytes"] + cache) * rate / roof / 1e9
+                    for rate, roof in zip(rates, roofs[case], strict=True)
+                ],
+                3,
             )
     return shares
 
@@ -188,13 +217,12 @@ def main() -> int:
             write_json(path, runs)
             show(runs[name])
             return 0
-        roof = bandwidth(threads)
         with contextlib.ExitStack() as running:
             measures = {
                 name: running.enter_context(start(kind, folder, file, threads, options.cache))
                 for name, (kind, file) in ENGINES.items()
             }
-            measured = compare(measures, options.rounds, config.vocab_size)
+            measured, roofs = compare(measures, options.rounds, config.vocab_size, threads)
         result = {
             "machine": machine(),
             "settings": {
@@ -206,8 +234,8 @@ def main() -> int:
             },
             "sizes": sizes,
             "measured": measured,
-            "read_bandwidth_gb_per_second": round(roof, 1),
-            "share_of_bandwidth": share_of_roof(measured, sizes, config, roof),
+            "read_bandwidth_gb_per_second": spread(list(itertools.chain(*roofs.values()))),
+            "share_of_bandwidth": share_of_roof(measured, sizes, config, roofs),
             "position_64_of_1024_over_128": capacity_cost(folder, threads, options.rounds),
             "loading": loading(folder, threads, min(options.rounds, 5)),
         }
@@ -232,8 +260,10 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def show(result: dict[str, Any]) -> None:
     print(*table(result), sep="\n")
-    for name in ("sizes", "read_bandwidth_gb_per_second", "share_of_bandwidth"):
-        print(f"{name}: {result[name]}")
+    print(f"sizes: {result['sizes']}")
+    print(f"read_bandwidth_gb_per_second: {result['read_bandwidth_gb_per_second']['median']}")
+    shares = {name: share["median"] for name, share in result["share_of_bandwidth"].items()}
+    print(f"share_of_bandwidth: {shares}")
     cost = result["position_64_of_1024_over_128"]["median"]
     print(f"position 64 of 1,024 tokens against 128: {cost:.3f}")
     for name, row in result["loading"].items():

@@ -4,6 +4,7 @@ same random weights in every format."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -261,8 +262,11 @@ def prepare(folder: Path, preset: str) -> tuple[dict[str, Any], Any]:
         if len(weight.shape) == 1:
             weight.assign_add(rng.normal(0.0, 0.02, weight.shape))
     sizes = {}
-    for name, recipe in (("int8", "int8"), ("int8-cache", "int8-cache"), ("int4", "int4")):
-        info = export_tflite(model, folder / f"{name}.tflite", QuantConfig.from_recipe(recipe))
+    for name in ("int8", "int8-cache", "int4", "int4-cache"):
+        scheme = QuantConfig.from_recipe(name.removesuffix("-cache"))
+        if name.endswith("-cache"):
+            scheme = dataclasses.replace(scheme, kv_cache="int8")
+        info = export_tflite(model, folder / f"{name}.tflite", scheme)
         sizes[name] = {"bytes": info.bytes, "per_parameter": round(info.bytes_per_parameter, 4)}
     weights = named_weights(model)
     for kind in ("Q8_0", "Q4_0"):

@@ -87,6 +87,20 @@ def test_mistakes_in_a_section_of_a_section(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_generate_keeps_packed_weights_where_it_is_told(tmp_path):
+    words = ("generate", "def main", "--seed", 0, "--max-new-tokens", 4)
+    plain, first, second = (
+        tf_gptopt(*words, *cache)
+        for cache in ((), ("--weight-cache", tmp_path), ("--weight-cache", tmp_path))
+    )
+    assert plain.returncode == 0, plain.stderr
+    assert plain.stdout == first.stdout == second.stdout
+    assert [file.suffix for file in tmp_path.iterdir()] == [".xnnpack"]
+    (tmp_path / "config.json").touch()
+    keras_folder = tf_gptopt("generate", tmp_path, "x", "--weight-cache", tmp_path)
+    assert_mistake(keras_folder, "a weight cache", "Export them first")
+
+
 def test_recipes_are_explained_in_a_line_each():
     from tf_gptopt.compression.quantization.config import RECIPES
     from tf_gptopt.recipes.explain import describe_runs

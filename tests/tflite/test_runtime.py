@@ -54,10 +54,10 @@ def test_an_int8_cache_decodes_what_it_prefills_at_every_position(exported):
 def test_an_int8_cache_takes_a_quarter_and_its_scales(exported):
     sizes = {}
     for cache in ("float32", "int8"):
-        _, runtime = exported(QuantConfig(kv_cache=cache))
+        _, runtime = exported(QuantConfig(kv_cache=cache), num_heads=16, head_dim=8)
         runtime.prefill(some_ids(20))
         sizes[cache] = runtime._cache.nbytes
-    rows = 2 * 2 * 3 * 32  # of keys and of values, in two blocks of three heads
+    rows = 2 * 2 * 16 * 32  # of keys and of values, in two blocks of sixteen heads
     assert sizes == {"float32": rows * 8 * 4, "int8": rows * (8 + 4)}
 
 
@@ -66,7 +66,7 @@ def test_integers_in_and_out_mean_the_same_numbers(exported, tiny_model):
     files = {}
     for io in ("float32", "int8"):
         config = QuantConfig(activations="static", io=io)
-        _, files[io] = exported(config, calibration=calibration)
+        _, files[io] = exported(config, calibration=calibration, num_heads=8, head_dim=8)
     ids = some_ids(32)
     np.testing.assert_array_equal(files["int8"].logits(ids), files["float32"].logits(ids))
     assert files["int8"].generate(ids[:5], 20) == files["float32"].generate(ids[:5], 20)

@@ -38,6 +38,10 @@ def generate_command(options: Options, argv: list[str]) -> int:
     options.add("--stop", nargs="*", default=[], help="strings that end the completion")
     options.add("--threads", type=int, default=None, help="processor threads (default: all)")
     options.add(
+        "--weight-cache", default=None, metavar="FOLDER",
+        help="keep packed weights there: the next start takes a fraction of the time (.tflite)",
+    )  # fmt: skip
+    options.add(
         "--draft", default=None, metavar="lookup|FILE",
         help="guess tokens ahead: a small .tflite of the same tokenizer, or text that repeats",
     )  # fmt: skip
@@ -63,6 +67,7 @@ def generate_command(options: Options, argv: list[str]) -> int:
         seed=given.seed,
         stop=given.stop or None,
         threads=given.threads,
+        weight_cache=given.weight_cache,
         draft=given.draft,
         overflow=given.overflow,
         keep=given.keep,

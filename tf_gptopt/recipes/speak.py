@@ -25,6 +25,7 @@ def stream_completion(
     seed: int | None = None,
     stop: Sequence[str] | None = None,
     threads: int | None = None,
+    weight_cache: str | Path | None = None,
     draft: str | Path | None = None,
     overflow: str = "stop",
     keep: int = 0,
@@ -40,6 +41,7 @@ def stream_completion(
         seed: makes the draws repeatable.
         stop: strings that end the text.
         threads: processor threads; default all.
+        weight_cache: of a .tflite file: a folder for packed weights, see `TFLiteGPT`.
         draft: `"lookup"` or a small .tflite file that guesses ahead, see `Conversation.generate`.
         overflow, keep: of a .tflite file: what happens when the context is full, see
             `Conversation.generate`.
@@ -61,7 +63,7 @@ def stream_completion(
     if path.is_file():
         from tf_gptopt.tflite.runtime import TFLiteGPT
 
-        yield from TFLiteGPT(path, threads=threads).stream(
+        yield from TFLiteGPT(path, threads=threads, weight_cache=weight_cache).stream(
             prompt,
             max_new_tokens,
             seed=seed,
@@ -72,10 +74,10 @@ def stream_completion(
             **options,
         )
         return
-    if draft is not None or overflow != "stop" or keep:
+    if draft is not None or weight_cache is not None or overflow != "stop" or keep:
         raise UserError(
-            f"Drafts and a sliding context are for .tflite files, and {path} holds Keras weights. "
-            "Export them first."
+            "Drafts, a weight cache and a sliding context are for .tflite files, and "
+            f"{path} holds Keras weights. Export them first."
         )
     load_tensorflow()
     from tf_gptopt.models import checkpoints, generation

@@ -10,6 +10,7 @@ there.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from ai_edge_litert.tensor_buffer import TensorBuffer
 from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.tflite.litert import Memory, host_buffer
 from tf_gptopt.tflite.metadata import head_groups
+from tf_gptopt.tflite.stacks import plan_stacks
 
 _HIDDEN = -1e9  # what the score of a row that is not in use is lowered by
 
@@ -45,22 +47,23 @@ class KVCache:
         length: tokens in the cache.
         capacity: rows.
         tokens: `(context,)` int32, of which the first `length` are those in the cache.
+        stacks: how the arrays of all blocks lie in one: of keys and values, and of scales.
     """
 
     def __init__(self, config: GPTConfig, dtype: str = "float32", scales: bool = False) -> None:
         self.length = 0
         self.capacity = 0
         self.tokens = np.zeros(config.max_sequence_length, np.int32)
-        self._arrays: dict[str, np.ndarray] = {}
+        self.stacks = plan_stacks(config, dtype, scales)
+        self._wholes: list[np.ndarray] = []  # one for each of the stacks
         self._mask = np.zeros(0, np.float32)
         self._memory = Memory()
         self._inputs: dict[int, Inputs] = {}
-        self._config, self._dtype, self._scales = config, np.dtype(dtype), scales
 
     @property
     def nbytes(self) -> int:
         """The memory that it takes."""
-        return sum(array.nbytes for array in self._arrays.values())
+        return sum(whole.nbytes for whole in self._wholes)
 
     def rewind(self, ids: np.ndarray) -> int:
         """Forget all but the first tokens that `ids` begins with too, and fewer than all of `ids`:
@@ -88,20 +91,14 @@ class KVCache:
     def resize(self, capacity: int) -> None:
         """Move to arrays of this capacity; the rows in use come along."""
         length, self.length = self.length, 0  # until all have moved, none is there
-        old, self._arrays, self._inputs, self.capacity = self._arrays, {}, {}, 0
-        memory, arrays = Memory(), {}
-        for i, heads in enumerate(self._config.block_heads):
-            rows = (heads, capacity)
-            for kind in ("k", "v"):
-                arrays[f"{kind}_{i}"] = memory.zeros((*rows, self._config.head_dim), self._dtype)
-                if self._scales:
-                    arrays[f"{kind}_scale_{i}"] = memory.zeros(rows, np.float32)
-        if length:
-            for name, array in arrays.items():
-                array[:, :length] = old[name][:, :length]
+        old, self._wholes, self._inputs, self.capacity = self._wholes, [], {}, 0
+        memory = Memory()
+        wholes = [memory.zeros(stack.shape(capacity), stack.dtype) for stack in self.stacks]
+        for whole, before in zip(wholes, old, strict=False):  # there are none at first
+            whole[:, :length] = before[:, :length]
         self._memory = memory  # the old one is given back here
         self._mask = memory.zeros((capacity,), np.float32)
-        self._arrays, self.capacity, self.length = arrays, capacity, length
+        self._wholes, self.capacity, self.length = wholes, capacity, length
 
     def inputs(self, group: int) -> Inputs:
         """What a signature reads: the arrays, in groups of so many heads (`metadata.head_groups`),
@@ -110,7 +107,8 @@ class KVCache:
         if group not in self._inputs:
             parts = {"mask": self._mask} | {
                 part: array[first : first + heads]
-                for name, array in self._arrays.items()
+                for stack, whole in zip(self.stacks, self._wholes, strict=True)
+                for name, array in stack.parts(whole).items()
                 for part, first, heads in head_groups(name, len(array), group * (array.ndim == 3))
             }
             self._inputs[group] = Inputs(
@@ -119,12 +117,11 @@ class KVCache:
             )
         return self._inputs[group]
 
-    def append(self, ids: np.ndarray, outputs: dict[str, np.ndarray]) -> None:
-        """Take over what these tokens left: the first rows of `new_k_{i}`, `new_v_{i}` and their
-        scales."""
+    def append(self, ids: np.ndarray, new: Sequence[np.ndarray]) -> None:
+        """Take over what these tokens left: the first rows of an array for each of `stacks`."""
         count = len(ids)
         end = self.length + count
         self.tokens[self.length : end] = ids
-        for name, array in self._arrays.items():
-            array[:, self.length : end] = outputs[f"new_{name}"][:, :count]
+        for whole, rows in zip(self._wholes, new, strict=True):
+            whole[:, self.length : end] = rows[:, :count]
         self.length = end

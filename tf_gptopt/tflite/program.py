@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import threading
 from typing import Any
 
@@ -11,33 +10,23 @@ import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
-from tf_gptopt._errors import UserError
 from tf_gptopt.models.config import GPTConfig
-from tf_gptopt.tflite.cache import KVCache
-from tf_gptopt.tflite.litert import aligned_zeros, host_buffer
+from tf_gptopt.tflite.cache import Inputs, KVCache
+from tf_gptopt.tflite.calls import Call, Calls, cannot_run
 from tf_gptopt.tflite.metadata import CAPACITY_STEP, Bucket
+from tf_gptopt.tflite.stacks import plan_stacks
 
 _NEAR = 8  # tokens that a cache has room for at least
-_FED = ("tokens", "last", "position", "positions", "hidden")  # inputs that are not the cache
 _WITHOUT_VERIFY = 5  # tokens to verify at once, in a file whose prefill signatures have to do it
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
-    """A signature made ready: arrays to fill and read, and LiteRT's buffers over their memory.
+class _Bound:
+    """What a signature read last."""
 
-    Args:
-        index: the signature's.
-        size: tokens, or rows of `logits`, that it reads.
-    """
-
-    index: int
-    size: int
-    input_names: list[str]
-    inputs: dict[str, np.ndarray]
-    input_buffers: dict[str, TensorBuffer]
-    outputs: dict[str, np.ndarray]
-    output_buffers: list[TensorBuffer]
+    call: Call
+    past: Inputs | None
+    inputs: list[TensorBuffer]
 
 
 class Program:
@@ -61,11 +50,10 @@ class Program:
         self.config = GPTConfig.from_dict(metadata["gpt"])
         self.threads = threads
         self._cache_kind = metadata["cache"]["dtype"], metadata["cache"].get("scales", False)
-        self._logits_dtype = metadata["logits"].get("dtype", "float32")
+        self._stacks = plan_stacks(self.config, *self._cache_kind)
         self._logits_affine = metadata["logits"].get("scale"), metadata["logits"].get("zero_point")
         self._model = model
         self._lock = threading.Lock()
-        self._names = model.get_signature_list()
         buckets = [Bucket(**bucket) for bucket in metadata["buckets"]]
         self._prefills = [b for b in buckets if not b.is_decode]
         self._decodes = sorted((b for b in buckets if b.is_decode), key=lambda b: b.capacity)
@@ -74,13 +62,14 @@ class Program:
         self._logits_signature = metadata["logits"]["signature"]
         self._logits_rows = metadata["logits"]["rows"]
         self._logits_free = metadata["logits"].get("free", False)
-        self._calls: dict[str, _Call] = {}
+        self._calls = Calls(
+            model, self.config, self._stacks, metadata["logits"].get("dtype", "float32")
+        )
         self._capacities: dict[str, int] = {}  # that free signatures have now
         # LiteRT knows the buffer that a signature last read by its address, and would not notice
         # that a freed one's address now belongs to another: these are not freed, though their
         # memory may be (`litert.Memory`)
-        self._bound: dict[str, tuple[list[TensorBuffer], list[TensorBuffer]]] = {}
-        self._memory: dict[str, np.ndarray] = {}  # of outputs, which all signatures share
+        self._bound: dict[str, _Bound] = {}
 
     def new_cache(self) -> KVCache:
         """An empty cache."""
@@ -151,7 +140,7 @@ class Program:
         is_free = bucket.free and bucket.is_prefill
         if is_free:
             size = min(_size(count), size, len(cache.tokens) - start)
-        call = self._ready(bucket.signature, size, is_free)
+        call, past = self._calls.ready(bucket.signature, size, is_free), None
         call.inputs["tokens"][:count] = ids  # behind them, ids of an earlier call are padding
         if "last" in call.inputs:
             call.inputs["last"][0] = count - 1
@@ -160,27 +149,21 @@ class Program:
         if "positions" in call.inputs:
             places = np.arange(start, start + size)
             np.minimum(places, len(cache.tokens) - 1, out=call.inputs["positions"])
-        buffers = call.input_buffers
         if bucket.capacity:
             capacity = self._capacity(cache, bucket)
             if cache.capacity != capacity:
                 cache.resize(capacity)
             past = cache.inputs(bucket.group)
-            buffers = buffers | past.buffers
             if bucket.free and capacity != self._capacities.get(bucket.signature):
                 self._capacities[bucket.signature] = 0  # neither, if something strikes now
-                self._resize(call.index, call.input_names, past.sizes)
+                self._calls.resize(call.index, call.input_names, past.sizes)
                 self._capacities[bucket.signature] = capacity
-        try:
-            inputs = [buffers[name] for name in call.input_names]
-        except KeyError as error:
-            raise _cannot_run(error) from None
-        self._run(bucket.signature, call, inputs)
+        self._run(bucket.signature, call, past)
         end = start + count
         if end > cache.capacity:
             bucket = next(b for b in self._decodes if b.capacity >= end)
             cache.resize(_rows(end + _NEAR, bucket.capacity) if bucket.free else bucket.capacity)
-        cache.append(ids, call.outputs)
+        cache.append(ids, call.new)
         return call.outputs
 
     def _capacity(self, cache: KVCache, bucket: Bucket) -> int:
@@ -199,27 +182,22 @@ class Program:
         for start in range(0, len(hidden), rows):
             piece = hidden[start : start + rows]
             size = min(_size(len(piece)), rows) if self._logits_free else rows
-            call = self._ready(name, size, self._logits_free)
+            call = self._calls.ready(name, size, self._logits_free)
             call.inputs["hidden"][: piece.size] = piece.reshape(-1)
-            self._run(name, call, [call.input_buffers["hidden"]])
+            self._run(name, call)
             logits[start : start + rows] = self._as_float(call.outputs["logits"][: len(piece)])
         return logits
 
-    def _run(self, signature: str, call: _Call, inputs: list[TensorBuffer]) -> None:
+    def _run(self, signature: str, call: Call, past: Inputs | None = None) -> None:
+        bound = self._bound.get(signature)
         try:
-            self._model.run_by_index(call.index, inputs, call.output_buffers)
-        except RuntimeError as error:
-            raise _cannot_run(error) from None
-        self._bound[signature] = inputs, call.output_buffers
-
-    def _ready(self, signature: str, size: int, free: bool = False) -> _Call:
-        call = self._calls.get(signature)
-        if call and call.size == size:
-            return call
-        try:
-            return self._prepare(signature, size, free)
-        except (RuntimeError, LookupError, ValueError) as error:
-            raise _cannot_run(error) from None
+            if not bound or bound.call is not call or bound.past is not past:
+                buffers = call.input_buffers | (past.buffers if past else {})
+                bound = _Bound(call, past, [buffers[name] for name in call.input_names])
+            self._model.run_by_index(call.index, bound.inputs, call.output_buffers)
+        except (KeyError, RuntimeError) as error:
+            raise cannot_run(error) from None
+        self._bound[signature] = bound
 
     def _as_float(self, logits: np.ndarray) -> np.ndarray:
         """A copy of logits as float32, those of a file that gives integers as well."""
@@ -227,67 +205,6 @@ class Program:
             return logits.copy()
         scale, zero_point = self._logits_affine
         return (logits.astype(np.float32) - zero_point) * np.float32(scale)
-
-    def _prepare(self, signature: str, size: int, free: bool) -> _Call:
-        """Make a signature's buffers, but for the cache; a free one is given its size. Outputs
-        share their memory: what one call leaves there is used before the next."""
-        index, names = self._model.get_signature_index(signature), self._names[signature]
-        inputs = {
-            name: aligned_zeros((size * self.config.embedding_dim,), np.float32)
-            if name == "hidden"
-            else aligned_zeros((1 if name in ("last", "position") else size,), np.int32)
-            for name in names["inputs"]
-            if name in _FED
-        }
-        rows = 1 if "last" in inputs else size  # of logits
-        outputs = {name: self._output(name, size, rows) for name in names["outputs"]}
-        if free:
-            self._calls.pop(signature, None)  # if something strikes now, its size is unknown
-            self._resize(index, names["inputs"], {n: a.size for n, a in inputs.items()})
-        call = _Call(
-            index,
-            size,
-            names["inputs"],
-            inputs,
-            {name: host_buffer(array) for name, array in inputs.items()},
-            outputs,
-            [host_buffer(array) for array in outputs.values()],
-        )
-        self._calls[signature] = call
-        return call
-
-    def _resize(self, index: int, names: list[str], sizes: dict[str, int]) -> None:
-        """Give a signature's free inputs, which are flat, their sizes."""
-        try:
-            for place, name in enumerate(names):
-                if name in sizes:
-                    self._model.resize_input_tensor(place, [sizes[name]], index)
-        except RuntimeError as error:
-            raise _cannot_run(error) from None
-
-    def _output(self, name: str, size: int, rows: int) -> np.ndarray:
-        """An array over the memory of all outputs of this name, which grows as needed."""
-        config, dtype = self.config, np.dtype(np.float32)
-        if name == "hidden":
-            shape = (size, config.embedding_dim)
-        elif name == "logits":
-            shape, dtype = (rows, config.vocab_size), np.dtype(self._logits_dtype)
-        else:  # new_k_0, new_k_scale_0
-            heads = config.block_heads[int(name.rpartition("_")[2])]
-            shape = (heads, size)
-            if "scale" not in name:
-                shape, dtype = (*shape, config.head_dim), np.dtype(self._cache_kind[0])
-        count = math.prod(shape)
-        memory = self._memory.get(name)
-        if memory is None or memory.size < count:
-            self._calls.clear()  # they look at what is there so far
-            memory = self._memory[name] = aligned_zeros((count,), dtype)
-        return memory[:count].reshape(shape)
-
-
-def _cannot_run(error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
-    return UserError(f"LiteRT cannot run this file ({reason}). Copy or export it again.")
 
 
 def _size(count: int) -> int:
