@@ -146,7 +146,9 @@ class Program:
             call.inputs["last"][0] = count - 1
         if "position" in call.inputs:  # in files of format 3 and before
             call.inputs["position"][0] = start
-        if "positions" in call.inputs:
+        if "positions" in call.inputs and size == 1:
+            call.inputs["positions"][0] = start
+        elif "positions" in call.inputs:
             places = np.arange(start, start + size)
             np.minimum(places, len(cache.tokens) - 1, out=call.inputs["positions"])
         if bucket.capacity:
