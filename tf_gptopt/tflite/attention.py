@@ -21,9 +21,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from tf_gptopt.tflite.buckets import CAPACITY_STEP, head_groups
 from tf_gptopt.tflite.graph import Graph
 from tf_gptopt.tflite.layers import as_float
-from tf_gptopt.tflite.metadata import CAPACITY_STEP, head_groups
 from tf_gptopt.tflite.tensors import Affine, Free, Tensor, is_one
 
 FIXED = "int8 of fixed scale"
@@ -152,7 +152,7 @@ def past(
     Args:
         name: `"k_0"`, and its scales `"k_scale_0"`.
         shape: `(heads, capacity, head_dim)`.
-        group: heads to an input, see `metadata.head_groups`.
+        group: heads to an input, see `buckets.head_groups`.
         cache: its kind; `fixed` is the scale of one that has the same for all.
     """
     heads, capacity, head_dim = shape

@@ -17,8 +17,8 @@ import numpy as np
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from tf_gptopt.models.config import GPTConfig
+from tf_gptopt.tflite.buckets import head_groups
 from tf_gptopt.tflite.litert import Memory, host_buffer
-from tf_gptopt.tflite.metadata import head_groups
 from tf_gptopt.tflite.stacks import plan_stacks
 
 _HIDDEN = -1e9  # what the score of a row that is not in use is lowered by
@@ -101,7 +101,7 @@ class KVCache:
         self._wholes, self.capacity, self.length = wholes, capacity, length
 
     def inputs(self, group: int) -> Inputs:
-        """What a signature reads: the arrays, in groups of so many heads (`metadata.head_groups`),
+        """What a signature reads: the arrays, in groups of so many heads (`buckets.head_groups`),
         and the `mask` of the rows in use."""
         self._mask[: self.length], self._mask[self.length :] = 0, _HIDDEN
         if group not in self._inputs:

@@ -15,7 +15,6 @@ where numbers are, it does no more than that; in the structure it may crash Lite
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import mmap
@@ -32,8 +31,6 @@ from tf_gptopt._errors import UserError
 from tf_gptopt.tflite.flatbuffer import Model
 
 FORMAT_VERSION = 4  # what this version writes, and the newest that it reads
-# rows: free capacities are multiples of it, so that groups of heads begin where LiteRT can read
-CAPACITY_STEP = 32
 _JSON = b"tf_gptopt.json"
 _CHECKSUM = b"tf_gptopt.sha256"
 _STRUCTURE = b"tf_gptopt.structure.sha256"
@@ -42,43 +39,6 @@ _DIGESTS = (_CHECKSUM, _STRUCTURE, _SUMS)
 _WORDS = 512  # of 64 bits: one sum
 _DIGEST_BYTES = 32
 _LARGE_BUFFER = 2**16  # bytes: what is no structure
-
-
-@dataclasses.dataclass(frozen=True)
-class Bucket:
-    """A prefill, decode or verify signature: `tokens` at once, over `capacity` rows of cache (or
-    none), of which each input holds those of `group` heads (0: of all).
-
-    A `free` one takes any smaller cache as well, and if it is a prefill, fewer tokens.
-    """
-
-    signature: str
-    tokens: int
-    capacity: int
-    group: int = 0
-    free: bool = False
-
-    @property
-    def is_decode(self) -> bool:
-        return self.signature.startswith("decode")
-
-    @property
-    def is_prefill(self) -> bool:
-        return self.signature.startswith("prefill")
-
-
-def head_groups(name: str, heads: int, group: int) -> list[tuple[str, int, int]]:
-    """The inputs that a block's keys or values come in by: name, first head, number of heads.
-
-    Args:
-        name: `"k_0"`: one input of that name, or with a `group` of 4 those named `"k_0_0"`,
-            `"k_0_4"`, ..., for the heads from there on.
-        heads: the block's.
-        group: heads to an input, 0 for all.
-    """
-    if not group:
-        return [(name, 0, heads)]
-    return [(f"{name}_{at}", at, min(group, heads - at)) for at in range(0, heads, group)]
 
 
 class ForeignFile(UserError):

@@ -11,9 +11,9 @@ from ai_edge_litert.compiled_model import CompiledModel
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from tf_gptopt.models.config import GPTConfig
+from tf_gptopt.tflite.buckets import CAPACITY_STEP, Bucket
 from tf_gptopt.tflite.cache import Inputs, KVCache
 from tf_gptopt.tflite.calls import Call, Calls, cannot_run
-from tf_gptopt.tflite.metadata import CAPACITY_STEP, Bucket
 from tf_gptopt.tflite.stacks import plan_stacks
 
 _NEAR = 8  # tokens that a cache has room for at least

@@ -45,10 +45,10 @@ import numpy as np
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.tflite import attention, layers
+from tf_gptopt.tflite.buckets import CAPACITY_STEP, Bucket
 from tf_gptopt.tflite.flatbuffer import Model
 from tf_gptopt.tflite.graph import Graph
 from tf_gptopt.tflite.layers import Weights
-from tf_gptopt.tflite.metadata import CAPACITY_STEP, Bucket
 from tf_gptopt.tflite.tensors import Free, Tensor
 
 LOGITS_ROWS = 128  # positions that `logits` does at once
