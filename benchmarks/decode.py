@@ -5,7 +5,8 @@
     python benchmarks/decode.py --threads 1
     python benchmarks/decode.py --preset gpt2-medium
     python benchmarks/decode.py --cache             # keeps the weights packed on disk (TFLiteGPT)
-    python benchmarks/decode.py --loading           # that part of an earlier result anew
+    python benchmarks/decode.py --loading           # that of an earlier result anew, with the cost
+                                                    # of a token by the model's context
 
 Each engine lives in a process of its own and they work in turn, so that other work on the machine
 hits all; what counts is the median of the rounds' ratios. Tokens are chosen greedily, which is part
@@ -117,8 +118,11 @@ def capacity_cost(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
             stack.enter_context(start("Ours", folder, name, threads, False))
             for name in ("int8.tflite", "int8-128.tflite")
         )
-        for _ in range(rounds + 1):
-            ratios.append(long(prompt, DECODED)[1] / short(prompt, DECODED)[1])
+        for i in range(2 * rounds + 1):  # the second may find the memory otherwise
+            names = ["long", "short"][:: 1 if i % 2 else -1]
+            models = {"long": long, "short": short}
+            seconds = {name: models[name](prompt, DECODED)[1] for name in names}
+            ratios.append(seconds["long"] / seconds["short"])
     return spread(ratios[1:], 3)
 
 
@@ -196,7 +200,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cache", action="store_true", help="with TFLiteGPT's weight_cache")
-    parser.add_argument("--loading", action="store_true", help="time and memory of loading alone")
+    parser.add_argument(
+        "--loading", action="store_true", help="loading and the context's cost alone"
+    )
     parser.add_argument("--folder", type=Path, help="keep the models here (default: temporary)")
     options = parser.parse_args()
 
@@ -213,6 +219,9 @@ def main() -> int:
             sizes, config = pool.apply(prepare, (folder, options.preset))
         if options.loading:
             runs[name]["loading"] = loading(folder, threads, min(options.rounds, 5))
+            runs[name]["position_64_of_1024_over_128"] = capacity_cost(
+                folder, threads, options.rounds
+            )
             runs[name]["loading_machine"] = machine()
             write_json(path, runs)
             show(runs[name])

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -108,7 +109,8 @@ def main() -> int:
 
     load = round(os.getloadavg()[0], 1)
     if options.work:
-        model, draft, dataset = prepare(options.work, options.quick)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # TensorFlow ends with it
+            model, draft, dataset = pool.apply(prepare, (options.work, options.quick))
     elif options.model and options.draft and options.dataset:
         model, draft, dataset = options.model, options.draft, options.dataset
     else:

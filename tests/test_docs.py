@@ -118,6 +118,16 @@ def test_the_readme_speeds_are_the_measured_ones():
             assert result["machine"]["command"].startswith("python benchmarks/")
 
 
+def test_the_docs_quote_what_drafts_won():
+    text = (ROOT / "docs" / "edge.md").read_text("utf-8")
+    found = results("speculative")
+    for name, row in found["measured"].items():
+        cells = f"{row['ratio']:.2f}x | {row['acceptance_rate']:.0%} | {row['tokens_per_call']:.2f}"
+        assert f"| {name.replace(', ', ' | ')} | {cells} |" in text
+    for model in ("target", "draft"):
+        assert f"{found[model]['parameters'] / 1e6:.1f} M" in text
+
+
 def test_the_docs_quote_what_was_measured():
     text = (ROOT / "docs" / "training.md").read_text("utf-8")
     for row in results("cluster")["rows"][1:]:

@@ -73,13 +73,27 @@ def test_a_draft_model_proposes_its_own_greedy_continuation(exported):
     assert not drafter.propose(np.append(tokens, tokens).astype(np.int32), 5).size
 
 
-def test_a_draft_model_that_is_not_sure_proposes_nothing(exported):
-    _, small = exported("float32")
-    tokens = np.arange(9, dtype=np.int32)
-    logits = small.logits(tokens)[-1]
-    sure = 1 / np.exp(logits - logits.max()).sum()
-    assert len(DraftModel(small._program, least=sure * 1.01).propose(tokens, 4)) == 0
-    assert 1 <= len(DraftModel(small._program, least=sure * 0.99).propose(tokens, 4)) <= 4
+def test_a_draft_model_learns_how_often_it_is_right(exported):
+    """It proposes more while it is right, nothing after it was wrong long enough, and tries again
+    in the end."""
+    _, small = exported("float32", max_sequence_length=400)
+    start = np.arange(9, dtype=np.int32)
+    right, tokens, sizes = DraftModel(small._program), start, []
+    for _ in range(30):
+        draft = right.propose(tokens, 4)
+        sizes.append(len(draft))
+        tokens = np.concatenate([tokens, draft])
+    assert sizes[0] == 3  # an eighth is above a tenth
+    assert set(sizes[5:]) == {4}
+    wrong, tokens, sizes = DraftModel(small._program), start, []
+    for _ in range(300):
+        draft = wrong.propose(tokens, 4)
+        sizes.append(len(draft))
+        said = (draft[0] + 1) % 61 if len(draft) else 7
+        tokens = np.append(tokens, said).astype(np.int32)
+    assert sizes[0] == 3
+    assert sizes.count(0) > 200
+    assert any(sizes[100:])  # not for ever
 
 
 @pytest.fixture

@@ -6,6 +6,9 @@ import dataclasses
 
 # rows: free capacities are multiples of it, so that groups of heads begin where LiteRT can read
 CAPACITY_STEP = 32
+# tokens of a draft and one more: XNNPACK multiplies as many with a matrix in one pass over it, on a
+# processor with AVX-512 (others: 4)
+VERIFY_LENGTH = 5
 
 
 @dataclasses.dataclass(frozen=True)

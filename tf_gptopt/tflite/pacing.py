@@ -41,7 +41,7 @@ class Pace:
         self._decode, self._draft = _Seconds(), _Seconds()
         self._verify = {n: _Seconds() for n in lengths}
         self._pause, self._paused, self._drafted_calls = _PAUSES[0], 0, 0
-        self._proposes, self._accepts = _Share(1.0), _Share(_BELIEF)
+        self._proposes, self._accepts = Share(1.0), Share(_BELIEF)
 
     def choose(self) -> int:
         """How many tokens to draft now, at most."""
@@ -91,7 +91,7 @@ class Pace:
             self._accepts.add(i < accepted)
 
     def _forget(self) -> None:
-        self._proposes, self._accepts = _Share(1.0), _Share(_BELIEF)
+        self._proposes, self._accepts = Share(1.0), Share(_BELIEF)
         for seconds in (self._draft, *self._verify.values()):
             seconds.forget()
 
@@ -118,12 +118,21 @@ class _Seconds:
             self._readings.clear()
 
 
-class _Share:
-    """An average of yes and no that begins with a belief and forgets exponentially."""
+class Share:
+    """An average of yes and no that begins with a belief and forgets exponentially.
+
+    Attributes:
+        value: from 0 to 1.
+    """
 
     def __init__(self, belief: float) -> None:
         self.value, self._count = belief, _WEIGHT
 
     def add(self, yes: bool) -> None:
+        """One more."""
         self._count = min(self._count + 1, _WINDOW)
         self.value += (yes - self.value) / self._count
+
+    def forget(self, belief: float) -> None:
+        """Go a little way back to a belief, so that what is not tried is tried again some time."""
+        self.value += (belief - self.value) / (64 * _WINDOW)

@@ -11,13 +11,12 @@ from ai_edge_litert.compiled_model import CompiledModel
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from tf_gptopt.models.config import GPTConfig
-from tf_gptopt.tflite.buckets import CAPACITY_STEP, Bucket
+from tf_gptopt.tflite.buckets import CAPACITY_STEP, VERIFY_LENGTH, Bucket
 from tf_gptopt.tflite.cache import Inputs, KVCache
 from tf_gptopt.tflite.calls import Call, Calls, cannot_run
 from tf_gptopt.tflite.stacks import plan_stacks
 
 _NEAR = 8  # tokens that a cache has room for at least
-_WITHOUT_VERIFY = 5  # tokens to verify at once, in a file whose prefill signatures have to do it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Program:
         self._prefills = [b for b in buckets if not b.is_decode]
         self._decodes = sorted((b for b in buckets if b.is_decode), key=lambda b: b.capacity)
         self._verifies = [Bucket(**bucket) for bucket in metadata.get("verify", ())]
-        self.verify_lengths = sorted({b.tokens for b in self._verifies}) or [_WITHOUT_VERIFY]
+        self.verify_lengths = sorted({b.tokens for b in self._verifies}) or [VERIFY_LENGTH]
         self._logits_signature = metadata["logits"]["signature"]
         self._logits_rows = metadata["logits"]["rows"]
         self._logits_free = metadata["logits"].get("free", False)
@@ -211,8 +210,8 @@ class Program:
 
 def _size(count: int) -> int:
     """How many tokens a free signature reads for the sake of so many: a change of size costs it
-    some milliseconds, so there are few. Five take as long as two: see `plan_verifies`."""
-    few = next((size for size in (1, _WITHOUT_VERIFY, 8) if count <= size), 0)
+    some milliseconds, so there are few. Five take as long as two: see `VERIFY_LENGTH`."""
+    few = next((size for size in (1, VERIFY_LENGTH, 8) if count <= size), 0)
     return few or -(-count // 16) * 16
 
 

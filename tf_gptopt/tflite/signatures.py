@@ -45,7 +45,7 @@ import numpy as np
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.tflite import attention, layers
-from tf_gptopt.tflite.buckets import CAPACITY_STEP, Bucket
+from tf_gptopt.tflite.buckets import CAPACITY_STEP, VERIFY_LENGTH, Bucket
 from tf_gptopt.tflite.flatbuffer import Model
 from tf_gptopt.tflite.graph import Graph
 from tf_gptopt.tflite.layers import Weights
@@ -54,7 +54,6 @@ from tf_gptopt.tflite.tensors import Free, Tensor
 LOGITS_ROWS = 128  # positions that `logits` does at once
 _PREFILL_LENGTHS = (16, 32, 64, 128, 256)
 _FIRST_TOKENS, _FIRST_ROWS = 16, 32  # sizes of a free prefill in the file: XNNPACK plans for them
-_VERIFY_LENGTH = 5
 
 
 def plan_buckets(
@@ -112,15 +111,14 @@ def plan_verifies(
     which verify any number of tokens themselves.
 
     Args:
-        verify_lengths: tokens that are verified at once; default 5, as many as XNNPACK multiplies
-            with a matrix in one pass on a processor with AVX-512 (others: 4). With none, `()`,
-            drafts are read by the prefill signatures.
+        verify_lengths: tokens that are verified at once; default 5, see `VERIFY_LENGTH`. With
+            none, `()`, drafts are read by the prefill signatures.
 
     Raises:
         UserError: for lengths that are no integers from 1 to the context.
     """
     if verify_lengths is None:
-        verify_lengths = [min(_VERIFY_LENGTH, context)]
+        verify_lengths = [min(VERIFY_LENGTH, context)]
     lengths = _checked("verify_lengths", verify_lengths, context) if verify_lengths else []
     # those of decode: going from one to the other never moves the cache
     capacities = [b.capacity for b in buckets if b.is_decode and not b.free]

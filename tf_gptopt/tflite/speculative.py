@@ -32,9 +32,9 @@ from tf_gptopt.tflite.pacing import Pace
 from tf_gptopt.tflite.program import Program
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class DraftStats:
-    """What drafting came to in a generation.
+    """What drafting came to in a generation. It counts on while that goes on.
 
     Args:
         proposed: tokens that the drafter proposed.
@@ -108,14 +108,16 @@ def speculated_tokens(
             logits = program.read(cache, unread)[None]
         seconds = time.perf_counter() - began
         if len(unread) == 1:  # else it was a prompt
-            speculation.stats += DraftStats(proposed=len(draft), calls=1)
+            speculation.stats.proposed += len(draft)
+            speculation.stats.calls += 1
             if not len(draft):
                 pace.saw_decode(seconds)
         for said, row in enumerate(logits):
             token = chooser(row, history.tokens, rng)
             goes_on = said < len(draft) and token == draft[said]
             if len(unread) == 1:
-                speculation.stats += DraftStats(accepted=int(goes_on), tokens=1)
+                speculation.stats.accepted += goes_on
+                speculation.stats.tokens += 1
             if len(draft) and not goes_on:
                 pace.saw_verify(len(draft), said, seconds)
             history.append(token)
