@@ -155,9 +155,7 @@ def loading(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
 def warm(*files: Path) -> None:
     """Read them, so that they are in the system's memory."""
     for file in files:
-        with open(file, "rb") as opened:
-            while opened.read(2**24):
-                pass
+        file.read_bytes()
 
 
 def bandwidth(threads: int, size: int = 2**28) -> float:

@@ -19,7 +19,7 @@ from ai_edge_litert.tensor_buffer import TensorBuffer
 from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.tflite.buckets import head_groups
 from tf_gptopt.tflite.litert import Memory, host_buffer
-from tf_gptopt.tflite.stacks import plan_stacks
+from tf_gptopt.tflite.stacks import Stack
 
 _HIDDEN = -1e9  # what the score of a row that is not in use is lowered by
 
@@ -39,22 +39,21 @@ class KVCache:
 
     Args:
         config: the model's.
-        dtype: of keys and values, `"float32"` or `"int8"`.
-        scales: whether each row of a head has a scale beside it, in `k_scale_{i}` and
-            `v_scale_{i}`, `(num_heads, capacity)` float32.
+        stacks: how the arrays of all blocks lie in one: of keys and values, float32 or int8, and
+            where each row of a head has a scale, of those: `k_scale_{i}` and `v_scale_{i}`,
+            `(num_heads, capacity)` float32.
 
     Attributes:
         length: tokens in the cache.
         capacity: rows.
         tokens: `(context,)` int32, of which the first `length` are those in the cache.
-        stacks: how the arrays of all blocks lie in one: of keys and values, and of scales.
     """
 
-    def __init__(self, config: GPTConfig, dtype: str = "float32", scales: bool = False) -> None:
+    def __init__(self, config: GPTConfig, stacks: Sequence[Stack]) -> None:
         self.length = 0
         self.capacity = 0
         self.tokens = np.zeros(config.max_sequence_length, np.int32)
-        self.stacks = plan_stacks(config, dtype, scales)
+        self._stacks = stacks
         self._wholes: list[np.ndarray] = []  # one for each of the stacks
         self._mask = np.zeros(0, np.float32)
         self._memory = Memory()
@@ -93,7 +92,7 @@ class KVCache:
         length, self.length = self.length, 0  # until all have moved, none is there
         old, self._wholes, self._inputs, self.capacity = self._wholes, [], {}, 0
         memory = Memory()
-        wholes = [memory.zeros(stack.shape(capacity), stack.dtype) for stack in self.stacks]
+        wholes = [memory.zeros(stack.shape(capacity), stack.dtype) for stack in self._stacks]
         for whole, before in zip(wholes, old, strict=False):  # there are none at first
             whole[:, :length] = before[:, :length]
         self._memory = memory  # the old one is given back here
@@ -107,7 +106,7 @@ class KVCache:
         if group not in self._inputs:
             parts = {"mask": self._mask} | {
                 part: array[first : first + heads]
-                for stack, whole in zip(self.stacks, self._wholes, strict=True)
+                for stack, whole in zip(self._stacks, self._wholes, strict=True)
                 for name, array in stack.parts(whole).items()
                 for part, first, heads in head_groups(name, len(array), group * (array.ndim == 3))
             }
@@ -118,7 +117,7 @@ class KVCache:
         return self._inputs[group]
 
     def append(self, ids: np.ndarray, new: Sequence[np.ndarray]) -> None:
-        """Take over what these tokens left: the first rows of an array for each of `stacks`."""
+        """Take over what these tokens left: the first rows of an array for each of the stacks."""
         count = len(ids)
         end = self.length + count
         self.tokens[self.length : end] = ids

@@ -48,8 +48,8 @@ class Program:
     ) -> None:
         self.config = GPTConfig.from_dict(metadata["gpt"])
         self.threads = threads
-        self._cache_kind = metadata["cache"]["dtype"], metadata["cache"].get("scales", False)
-        self._stacks = plan_stacks(self.config, *self._cache_kind)
+        cache = metadata["cache"]
+        self._stacks = plan_stacks(self.config, cache["dtype"], cache.get("scales", False))
         self._logits_affine = metadata["logits"].get("scale"), metadata["logits"].get("zero_point")
         self._model = model
         self._lock = threading.Lock()
@@ -72,7 +72,7 @@ class Program:
 
     def new_cache(self) -> KVCache:
         """An empty cache."""
-        return KVCache(self.config, *self._cache_kind)
+        return KVCache(self.config, self._stacks)
 
     def read(self, cache: KVCache, ids: np.ndarray) -> np.ndarray:
         """Read tokens after those in the cache; returns the last one's logits, `(vocab_size,)`."""

@@ -116,7 +116,7 @@ def speculated_tokens(
             token = chooser(row, history.tokens, rng)
             goes_on = said < len(draft) and token == draft[said]
             if len(unread) == 1:
-                speculation.stats.accepted += goes_on
+                speculation.stats.accepted += int(goes_on)
                 speculation.stats.tokens += 1
             if len(draft) and not goes_on:
                 pace.saw_verify(len(draft), said, seconds)
