@@ -42,6 +42,13 @@ def exported(tmp_path, tiny_model) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def speaking(exported, tiny_tokenizer) -> Any:
+    """The runtime of a tiny model with a tokenizer of 300 tokens."""
+    _, runtime = exported("float32", vocab_size=300, tokenizer=tiny_tokenizer)
+    return runtime
+
+
+@pytest.fixture
 def relative_error() -> Callable[[np.ndarray, np.ndarray], float]:
     """Root mean square of the difference, in units of the reference's deviation from its mean."""
 

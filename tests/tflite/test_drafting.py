@@ -96,11 +96,6 @@ def test_a_draft_model_learns_how_often_it_is_right(exported):
     assert any(sizes[100:])  # not for ever
 
 
-@pytest.fixture
-def speaking(exported, tiny_tokenizer):
-    return exported("float32", vocab_size=300, tokenizer=tiny_tokenizer)[1]
-
-
 def test_what_cannot_be_a_draft_is_refused(speaking, exported, tmp_path):
     _, other = exported("int8")
     for draft, says in [

@@ -14,11 +14,6 @@ def keras_and_file(exported):
     return exported("float32")
 
 
-@pytest.fixture
-def speaking(exported, tiny_tokenizer):
-    return exported("float32", vocab_size=300, tokenizer=tiny_tokenizer)[1]
-
-
 @pytest.mark.parametrize(
     "options",
     [

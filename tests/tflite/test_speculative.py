@@ -152,11 +152,6 @@ def always(monkeypatch):
     monkeypatch.setattr(Pace, "choose", Always.choose)
 
 
-@pytest.fixture
-def speaking(exported, tiny_tokenizer):
-    return exported("float32", vocab_size=300, tokenizer=tiny_tokenizer)[1]
-
-
 def test_stop_strings_and_limits_end_a_draft_where_they_end_plain_text(speaking, always):
     prompt = speaking.tokenizer.encode("import os").tolist()
     ids = speaking.generate(prompt)
