@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tf_gptopt.models.config import GPTConfig
-from tf_gptopt.tflite.litert import ALIGNMENT, aligned_zeros
+from tf_gptopt.tflite.buckets import ALIGNMENT
+from tf_gptopt.tflite.litert import aligned_zeros
 from tf_gptopt.tflite.stacks import plan_stacks
 
 

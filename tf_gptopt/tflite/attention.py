@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tf_gptopt.tflite.buckets import CAPACITY_STEP, head_groups
+from tf_gptopt.tflite.buckets import ALIGNMENT, CAPACITY_STEP, head_groups
 from tf_gptopt.tflite.graph import Graph
 from tf_gptopt.tflite.layers import as_float
 from tf_gptopt.tflite.tensors import Affine, Free, Tensor, is_one
@@ -35,7 +35,6 @@ _SMALLEST = 1e-30  # a scale, so that nothing is divided by zero
 # a processor's cores. Each group is an input of its own, because taking slices out of one input
 # costs as much as what is done with them.
 _HEAD_GROUP_BYTES = 2 * 1024 * 1024
-_ALIGNMENT = 64  # bytes: what LiteRT wants of an input that it reads in place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +80,7 @@ def heads_at_once(heads: int, capacity: int, head_dim: int, cache: str) -> int:
     groups = math.ceil(heads * capacity * size / _HEAD_GROUP_BYTES)
     each = math.ceil(heads / min(groups, heads))
     row = each * size
-    aligned = all(row * rows % _ALIGNMENT == 0 for rows in (capacity, CAPACITY_STEP))
+    aligned = all(row * rows % ALIGNMENT == 0 for rows in (capacity, CAPACITY_STEP))
     return each if each < heads and aligned else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+ALIGNMENT = 64  # bytes: what LiteRT wants of host memory that it reads in place
 # rows: free capacities are multiples of it, so that groups of heads begin where LiteRT can read
 CAPACITY_STEP = 32
 # tokens of a draft and one more: XNNPACK multiplies as many with a matrix in one pass over it, on a

@@ -22,8 +22,7 @@ from ai_edge_litert.options import Options
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from tf_gptopt._errors import UserError
-
-ALIGNMENT = 64  # bytes: what LiteRT wants of host memory that it reads in place
+from tf_gptopt.tflite.buckets import ALIGNMENT
 
 
 def load_litert(

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from tf_gptopt.models.config import GPTConfig
-from tf_gptopt.tflite.litert import ALIGNMENT
+from tf_gptopt.tflite.buckets import ALIGNMENT
 
 
 @dataclasses.dataclass(frozen=True)
