@@ -49,6 +49,16 @@ def speaking(exported, tiny_tokenizer) -> Any:
 
 
 @pytest.fixture
+def some_ids() -> Callable[..., np.ndarray]:
+    """`some_ids(count, vocab_size=61, seed=0)`: random tokens."""
+
+    def ids(count: int, vocab_size: int = 61, seed: int = 0) -> np.ndarray:
+        return np.random.default_rng(seed).integers(0, vocab_size, count)
+
+    return ids
+
+
+@pytest.fixture
 def relative_error() -> Callable[[np.ndarray, np.ndarray], float]:
     """Root mean square of the difference, in units of the reference's deviation from its mean."""
 

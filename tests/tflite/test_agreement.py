@@ -11,12 +11,8 @@ from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.tflite.runtime import TFLiteGPT
 
 
-def some_ids(count, vocab_size=61, seed=0):
-    return np.random.default_rng(seed).integers(0, vocab_size, count)
-
-
 @pytest.mark.parametrize(("scheme", "most"), [("float32", 1e-4), ("float16", 1e-4), ("int8", 0.02)])
-def test_decoding_agrees_with_keras_at_every_position(exported, scheme, most):
+def test_decoding_agrees_with_keras_at_every_position(exported, scheme, most, some_ids):
     """140 positions: across the capacities 64, 128 and 140."""
     model, runtime = exported(scheme, max_sequence_length=140)
     ids = some_ids(140)
@@ -27,7 +23,7 @@ def test_decoding_agrees_with_keras_at_every_position(exported, scheme, most):
         np.testing.assert_allclose(runtime.decode(ids[position]), whole[position], atol=most)
 
 
-def test_an_int8_cache_decodes_what_it_prefills_at_every_position(exported):
+def test_an_int8_cache_decodes_what_it_prefills_at_every_position(exported, some_ids):
     """Across the capacities 64, 128 and 140, and in pieces of every size."""
     exact = QuantConfig(activations="float", kv_cache="int8")  # no other rounding hides a mistake
     model, runtime = exported(exact, max_sequence_length=140, num_heads=(1, 4), head_dim=8)
@@ -43,7 +39,7 @@ def test_an_int8_cache_decodes_what_it_prefills_at_every_position(exported):
         np.testing.assert_allclose(runtime.prefill(ids[cut:]), whole[-1], atol=1e-4)
 
 
-def test_an_int8_cache_takes_a_quarter_and_its_scales(exported):
+def test_an_int8_cache_takes_a_quarter_and_its_scales(exported, some_ids):
     sizes = {}
     for cache in ("float32", "int8"):
         _, runtime = exported(QuantConfig(kv_cache=cache), num_heads=16, head_dim=8)
@@ -53,7 +49,7 @@ def test_an_int8_cache_takes_a_quarter_and_its_scales(exported):
     assert sizes == {"float32": rows * 8 * 4, "int8": rows * (8 + 4)}
 
 
-def test_integers_in_and_out_mean_the_same_numbers(exported, tiny_model):
+def test_integers_in_and_out_mean_the_same_numbers(exported, tiny_model, some_ids):
     calibration = np.stack([some_ids(32, seed=seed) for seed in range(4)])
     files = {}
     for io in ("float32", "int8"):
@@ -76,7 +72,7 @@ def test_integers_in_and_out_mean_the_same_numbers(exported, tiny_model):
         {"tie_embeddings": False},
     ],
 )
-def test_decoding_agrees_for_other_models(exported, shape):
+def test_decoding_agrees_for_other_models(exported, shape, some_ids):
     model, runtime = exported("float32", **shape)
     ids = some_ids(32)
     expected = model(ids[None])[0]
@@ -85,7 +81,7 @@ def test_decoding_agrees_for_other_models(exported, shape):
         np.testing.assert_allclose(runtime.decode(ids[position]), expected[position], atol=1e-4)
 
 
-def test_heads_in_groups_agree(exported):
+def test_heads_in_groups_agree(exported, some_ids):
     """At capacity 1,100 five heads of 64 are done two, two and one at a time."""
     model, runtime = exported(
         "float32",
@@ -107,7 +103,7 @@ def test_heads_in_groups_agree(exported):
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(cuts=st.lists(st.integers(1, 149), max_size=6, unique=True), one=st.booleans())
-def test_reading_in_pieces_agrees(exported, cuts, one):
+def test_reading_in_pieces_agrees(exported, cuts, one, some_ids):
     _, runtime = exported("float32", max_sequence_length=150)
     ids = some_ids(150)
     whole = runtime.logits(ids)
@@ -121,7 +117,7 @@ def test_reading_in_pieces_agrees(exported, cuts, one):
         assert runtime.length == end
 
 
-def test_a_shorter_text_after_a_longer_one_is_not_disturbed(exported):
+def test_a_shorter_text_after_a_longer_one_is_not_disturbed(exported, some_ids):
     _, runtime = exported("float32", max_sequence_length=140)
     ids = some_ids(140)
     runtime.prefill(ids)
@@ -131,7 +127,7 @@ def test_a_shorter_text_after_a_longer_one_is_not_disturbed(exported):
     np.testing.assert_allclose(runtime.decode(ids[8]), expected[-1], atol=1e-4)
 
 
-def test_any_choice_of_signatures_gives_the_same_logits(exported):
+def test_any_choice_of_signatures_gives_the_same_logits(exported, some_ids):
     ids = some_ids(30)
     expected = None
     for options in (
@@ -148,7 +144,7 @@ def test_any_choice_of_signatures_gives_the_same_logits(exported):
         np.testing.assert_allclose(runtime.decode(ids[12]), expected[12], atol=1e-4)
 
 
-def test_threads_do_not_change_the_result(exported, tmp_path):
+def test_threads_do_not_change_the_result(exported, tmp_path, some_ids):
     _, runtime = exported("int8")
     two = TFLiteGPT(runtime.path, threads=2)
     assert (runtime.threads, two.threads) == (1, 2)

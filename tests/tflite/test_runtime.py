@@ -10,16 +10,11 @@ import pytest
 from tf_gptopt._errors import UserError
 from tf_gptopt.tflite.runtime import TFLiteGPT
 
-
-def some_ids(count, vocab_size=61, seed=0):
-    return np.random.default_rng(seed).integers(0, vocab_size, count)
-
-
 # Invariant 3: the file generates what Keras does, up to the first near-tie
 
 
 @pytest.mark.parametrize(("scheme", "tie"), [("float32", 1e-3), ("int8", 0.3)])
-def test_greedy_generation_is_that_of_keras(exported, scheme, tie):
+def test_greedy_generation_is_that_of_keras(exported, scheme, tie, some_ids):
     model, runtime = exported(scheme, max_sequence_length=100)
     prompt = some_ids(7).tolist()
     ours = runtime.generate(prompt, 80)
@@ -45,7 +40,7 @@ def test_a_seed_repeats_what_is_drawn(exported):
     assert named == runtime.generate([1, 2], 20, top_k=5, seed=3)
 
 
-def test_generation_ends_where_the_context_does(exported):
+def test_generation_ends_where_the_context_does(exported, some_ids):
     _, runtime = exported("float32")
     assert len(runtime.generate(some_ids(30))) == 32
     assert runtime.finish_reason == "context"
@@ -106,7 +101,7 @@ def test_the_end_of_text_token_ends_the_text(exported, tiny_tokenizer, tiny_mode
 # Mistakes
 
 
-def test_prompts_that_cannot_be_read_are_refused(exported):
+def test_prompts_that_cannot_be_read_are_refused(exported, some_ids):
     _, runtime = exported("float32")
     for prompt, says in [
         (some_ids(33), "33 tokens do not fit: the model's context is 32 tokens"),
@@ -122,7 +117,7 @@ def test_prompts_that_cannot_be_read_are_refused(exported):
                 call(prompt)
 
 
-def test_decoding_past_the_context_is_refused_and_changes_nothing(exported):
+def test_decoding_past_the_context_is_refused_and_changes_nothing(exported, some_ids):
     _, runtime = exported("float32")
     ids = some_ids(32)
     runtime.prefill(ids[:31])
