@@ -44,20 +44,20 @@ from tf_gptopt._files import read_json, write_json
 
 ENGINES = {
     "int8": ("Ours", "int8.tflite"),
-    "int8-cache": ("Ours", "int8-cache.tflite"),
+    "int8-float-cache": ("Ours", "int8-float-cache.tflite"),
     "int4": ("Ours", "int4.tflite"),
-    "int4-cache": ("Ours", "int4-cache.tflite"),
+    "int4-float-cache": ("Ours", "int4-float-cache.tflite"),
     "llama.cpp Q8_0": ("LlamaCpp", "Q8_0.gguf"),
     "llama.cpp Q4_0": ("LlamaCpp", "Q4_0.gguf"),
     "ctranslate2 int8": ("CTranslate2", "ctranslate2"),
 }
 PAIRS = [
     ("int8", "llama.cpp Q8_0"),
-    ("int8-cache", "llama.cpp Q8_0"),
+    ("int8-float-cache", "llama.cpp Q8_0"),
     ("int4", "llama.cpp Q4_0"),
-    ("int4-cache", "llama.cpp Q4_0"),
+    ("int4-float-cache", "llama.cpp Q4_0"),
     ("int8", "ctranslate2 int8"),
-    ("int8-cache", "ctranslate2 int8"),
+    ("int8-float-cache", "ctranslate2 int8"),
 ]
 PREFILLS, POSITIONS, DECODED = (32, 512), (64, 512, 1000), 20
 SAME_MODEL = {"int8": 0.99, "int4": 0.5}  # correlation of logits: 4 bits of noise are not rounding
@@ -183,7 +183,7 @@ def share_of_roof(
     shares = {}
     for position in POSITIONS:
         case = f"decode {position}"
-        for name, each in (("int8", 4), ("int8-cache", 1), ("llama.cpp Q8_0", 2)):
+        for name, each in (("int8", 1), ("int8-float-cache", 4), ("llama.cpp Q8_0", 2)):
             cache = 2 * config.num_layers * config.embedding_dim * position * each
             rates = measured[case]["tokens_per_second"][name]["all"]
             shares[f"{name} {position}"] = spread(

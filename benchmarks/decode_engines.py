@@ -262,10 +262,10 @@ def prepare(folder: Path, preset: str) -> tuple[dict[str, Any], Any]:
         if len(weight.shape) == 1:
             weight.assign_add(rng.normal(0.0, 0.02, weight.shape))
     sizes = {}
-    for name in ("int8", "int8-cache", "int4", "int4-cache"):
-        scheme = QuantConfig.from_recipe(name.removesuffix("-cache"))
-        if name.endswith("-cache"):
-            scheme = dataclasses.replace(scheme, kv_cache="int8")
+    for name in ("int8", "int8-float-cache", "int4", "int4-float-cache"):
+        scheme = QuantConfig.from_recipe(name.removesuffix("-float-cache"))
+        if name.endswith("-float-cache"):  # the default is an int8 one
+            scheme = dataclasses.replace(scheme, kv_cache="float32")
         info = export_tflite(model, folder / f"{name}.tflite", scheme)
         sizes[name] = {"bytes": info.bytes, "per_parameter": round(info.bytes_per_parameter, 4)}
     weights = named_weights(model)

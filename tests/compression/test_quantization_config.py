@@ -9,6 +9,7 @@ import pytest
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.compression.quantization.config import RECIPES, WEIGHTS, QuantConfig
+from tf_gptopt.models.config import GPTConfig
 
 
 def test_int8_is_the_default() -> None:
@@ -109,6 +110,28 @@ def test_names_tell_the_recipes_apart() -> None:
 def test_what_does_not_go_together_is_an_error(values: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         QuantConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "large", "cache"),
+    [
+        ({}, True, "int8"),
+        ({}, False, "float32"),
+        ({"weights": "int4"}, True, "int8"),
+        ({"kv_cache": "float32"}, True, "float32"),
+        ({"kv_cache": "int8"}, False, "int8"),
+        ({"weights": "float32"}, True, "float32"),
+        ({"weights": "float32", "layers": {"*_fc": "int8"}}, True, "int8"),
+        ({"activations": "float"}, True, "float32"),
+        ({"activations": "static", "io": "int8"}, True, "float32"),
+    ],
+)
+def test_a_large_cache_is_int8_where_nobody_says(changes: dict, large: bool, cache: str) -> None:
+    # 2 arrays x 4 bytes x 4 blocks x 1,024 rows x 256 numbers are 8 MiB
+    model = GPTConfig(61, 256, 4, 4, max_sequence_length=1024 if large else 1023)
+    config = QuantConfig(**changes)
+    assert config.for_model(model) == dataclasses.replace(config, kv_cache=cache)
+    assert config.for_model(model).for_model(model) == config.for_model(model)
 
 
 def test_layers_choose_their_weights() -> None:

@@ -65,7 +65,7 @@ def test_any_zip_tool_reads_it(bundle, tiny_model):
     made = json.loads(files["made.json"])
     assert set(made["versions"]) == {"tf_gptopt", "tensorflow", "tf_keras", "ai-edge-litert"}
     assert made["date"].endswith("+00:00")
-    assert made["quantization"] == QuantConfig().to_dict()
+    assert made["quantization"] == QuantConfig().for_model(model.config).to_dict()
     assert made["parameters"] == model.count_params()
     assert 0.9 * model.count_params() < made["nonzero"] < model.count_params()
     assert 0 < made["check"]["computed"] < made["check"]["allowed"]

@@ -19,7 +19,7 @@ from tf_gptopt.tflite.runtime import TFLiteGPT
 SCHEMES = {
     "float32": QuantConfig("float32"),
     "float16": QuantConfig("float16"),
-    "int8": QuantConfig("int8"),
+    "int8": QuantConfig("int8", kv_cache="float32"),
     "int8, cache": QuantConfig("int8", kv_cache="int8"),
     "int8, weight-only": QuantConfig("int8", activations="float"),
     "int4": QuantConfig("int4"),

@@ -168,9 +168,24 @@ def test_recipes_export(tmp_path, tiny_model, relative_error, name):
     info = export_tflite(model, tmp_path / "model.tflite", config, calibration=IDS, **BUCKETS)
     assert info.scheme == config.name
     runtime = TFLiteGPT(info.path)
-    assert runtime.metadata["quantization"] == config.to_dict()
+    assert runtime.metadata["quantization"] == config.for_model(model.config).to_dict()
     most = 0.6 if "int4" in name else 0.1
     assert relative_error(runtime.logits(IDS[0]), model(IDS[:1])[0].numpy()) < most
+
+
+def test_a_large_cache_is_int8_in_training_and_in_the_file(tmp_path):
+    from tf_gptopt.compression.quantization.aware_state import final_config
+    from tf_gptopt.compression.quantization.qat import quantize_aware
+    from tf_gptopt.models.gpt import GPTModel
+
+    model = GPTModel(61, 256, 1, 4, max_sequence_length=4096)  # 8 MiB in float32
+    assert final_config(quantize_aware(model)).kv_cache == "int8"
+    info = export_tflite(model, tmp_path / "model.tflite")
+    assert info.scheme == "int8 dynamic int8 cache"
+    assert TFLiteGPT(info.path).metadata["cache"]["dtype"] == "int8"
+    info = export_tflite(model, tmp_path / "model.tflite", QuantConfig(kv_cache="float32"))
+    assert info.scheme == "int8 dynamic"
+    assert TFLiteGPT(info.path).metadata["cache"]["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8 static", "int4 per 32", "mixed"])

@@ -113,8 +113,8 @@ def export_tflite(
     """
     from tf_gptopt.models.checkpoints import named_weights
 
-    quant = quant or QuantConfig("int8")
     plain = quantized = _plain_model(model)
+    quant = (quant or QuantConfig("int8")).for_model(plain.config)
     weights = named_weights(plain)
     is_ranged = quant.activations == "static" and plain.activation_ranges
     if calibration is not None and not is_ranged:
@@ -171,6 +171,7 @@ def build_tflite(
 
     `ranges` are those of static activations (`GPTModel.activation_ranges`).
     """
+    quant = quant.for_model(config)
     parameters = sum(array.size for array in weights.values())
     names = {name.partition("/")[0] for name in weights if name.endswith(("kernel", "embeddings"))}
     quant.layers_to_quantize(names)  # a pattern that matches nothing is an error

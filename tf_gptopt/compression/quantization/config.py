@@ -7,9 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tf_gptopt._errors import UserError, suggest
+
+if TYPE_CHECKING:
+    from tf_gptopt.models.config import GPTConfig
 
 WEIGHTS: dict[str, str] = {
     "int8": "8-bit integers",
@@ -35,9 +38,11 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "granularity": ("global", "tensor", "channel", *BLOCKS),
     "range": ("minmax", "percentile", "mse"),
     "rounding": ("nearest", "gptq"),
-    "kv_cache": ("float32", "int8"),
+    "kv_cache": ("auto", "float32", "int8"),
     "io": ("float32", "int8"),
 }
+# bytes of a float32 one: from here on an int8 one is faster behind the first hundred tokens
+_LARGE_CACHE = 8 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,9 @@ class QuantConfig:
         bias_correction: whether biases take back the mean error that rounding made on the
             calibration text.
         symmetric: whether the ranges of static activations are symmetric around zero.
-        kv_cache: `"float32"`, or `"int8"` with a scale for each head and token.
+        kv_cache: `"float32"`, or `"int8"` with a scale for each head and token. `"auto"`: int8
+            beside integer weights with dynamic activations, in a model whose full cache would take
+            8 MiB or more in float32 (`for_model`).
         io: `"int8"` hands logits out, and takes the cache in, as integers of a fixed scale, as
             NPUs want them (static activations only).
         quantize_adds: whether the residual additions are int8 too (static activations only).
@@ -91,7 +98,7 @@ class QuantConfig:
     smoothing: float = 0.0
     bias_correction: bool = False
     symmetric: bool = False
-    kv_cache: str = "float32"
+    kv_cache: str = "auto"
     io: str = "float32"
     quantize_adds: bool = False
     layers: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -236,6 +243,15 @@ class QuantConfig:
         """Whether the weights of the layer of this name are no integers."""
         return self.weights_of(layer) not in BITS
 
+    def for_model(self, config: GPTConfig) -> QuantConfig:
+        """The same scheme for a model of this config, with `kv_cache` decided."""
+        if self.kv_cache != "auto":
+            return self
+        rows = sum(config.block_heads) * config.max_sequence_length
+        is_large = 2 * 4 * rows * config.head_dim >= _LARGE_CACHE
+        rounds = self.activations == "dynamic" and bool(self.kinds & set(BITS))
+        return dataclasses.replace(self, kv_cache="int8" if is_large and rounds else "float32")
+
     def layers_to_quantize(self, layer_names: Iterable[str]) -> set[str]:
         """Those of `layer_names` whose weights become integers.
 
@@ -327,7 +343,7 @@ RECIPES: dict[str, tuple[QuantConfig, str]] = {
     ),
     "int8-cache": (
         QuantConfig(kv_cache="int8"),
-        "int8, and a KV cache of a quarter of the memory, for long contexts",
+        "int8, and a KV cache of a quarter of the memory in small models too",
     ),
     "int8-weight-only": (
         QuantConfig(activations="float"),
