@@ -102,9 +102,10 @@ def quantize_aware(
             needs no training, patterns that match no layer, `float_layers` that match all of them,
             and smoothing without calibration.
     """
-    config = (QuantConfig() if config is None else config).for_model(require_gpt(model).config)
-    weights = named_weights(model)
+    config = QuantConfig() if config is None else config
+    weights = named_weights(require_gpt(model))
     names = _names_to_quantize(weights, config)
+    config = config.for_model(model.config)
     if learned_ranges and any(config.group_of(name) == "global" for name in names):
         raise UserError(
             "A range that all of the model shares is not learned. Received: learned_ranges=True "
