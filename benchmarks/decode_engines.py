@@ -132,8 +132,18 @@ def start(kind: str, *args: Any) -> Iterator[Any]:
     other.close()
 
     def ask(prompt: np.ndarray, count: int) -> tuple[float, float, np.ndarray | None]:
-        pipe.send((prompt, count))
-        return pipe.recv()
+        try:
+            pipe.send((prompt, count))
+            return pipe.recv()
+        except (EOFError, BrokenPipeError):
+            process.join()
+            raise RuntimeError(
+                f"The process of {kind} ended with {process.exitcode} ({args[1]}). -4 is an "
+                "instruction that this processor does not allow: llama-cpp-python is compiled for "
+                "what the processor says it has. Without AMX: CMAKE_ARGS='-DGGML_NATIVE=OFF "
+                "-DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON' pip install --force-reinstall --no-deps "
+                "--no-cache-dir llama-cpp-python."
+            ) from None
 
     try:
         yield ask
