@@ -214,7 +214,7 @@ def main() -> int:
     path = RESULTS / "decode.json"
     runs = read_json(path) if path.is_file() else {}
     name = f"{options.preset}, {threads} thread{'s' * (threads > 1)}"
-    name += ", weight cache" * options.cache
+    name += ", weight cache" * options.cache + f", {machine()['processor']}"
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder = folder / options.preset

@@ -137,12 +137,12 @@ def start(kind: str, *args: Any) -> Iterator[Any]:
             return pipe.recv()
         except (EOFError, BrokenPipeError):
             process.join()
+            # https://github.com/ggml-org/llama.cpp/pull/26954
             raise RuntimeError(
-                f"The process of {kind} ended with {process.exitcode} ({args[1]}). -4 is an "
-                "instruction that this processor does not allow: llama-cpp-python is compiled for "
-                "what the processor says it has. Without AMX: CMAKE_ARGS='-DGGML_NATIVE=OFF "
-                "-DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON' pip install --force-reinstall --no-deps "
-                "--no-cache-dir llama-cpp-python."
+                f"The process of {kind} ended with {process.exitcode} ({args[1]}). Where that is "
+                "-4, an illegal instruction: GCC 12 makes one of llama.cpp's code for AMX. Build "
+                "it with CMAKE_ARGS=\"-DCMAKE_CXX_FLAGS='-fno-dse -fno-tree-dse'\" pip install "
+                "--force-reinstall --no-deps --no-cache-dir llama-cpp-python."
             ) from None
 
     try:
