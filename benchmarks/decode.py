@@ -244,6 +244,7 @@ def main() -> int:
                 "rounds": options.rounds,
                 "weight_cache": options.cache,
                 "load_before": load,
+                "llama_cpp": "the better of with and without flash attention",
             },
             "sizes": sizes,
             "measured": measured,

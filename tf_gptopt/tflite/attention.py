@@ -33,8 +33,9 @@ _SMALLEST = 1e-30  # a scale, so that nothing is divided by zero
 
 # A large cache comes in a few heads at a time: what is computed from it then stays in the caches of
 # a processor's cores. Each group is an input of its own, because taking slices out of one input
-# costs as much as what is done with them.
-_HEAD_GROUP_BYTES = 2 * 1024 * 1024
+# costs as much as what is done with them. What counts is a group's size as float32, which an int8
+# one becomes first.
+_HEAD_GROUP_FLOATS = 512 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +77,9 @@ def heads_at_once(heads: int, capacity: int, head_dim: int, cache: str) -> int:
     all."""
     if not capacity:
         return 0
-    size = head_dim * (4 if cache == "float32" else 1)
-    groups = math.ceil(heads * capacity * size / _HEAD_GROUP_BYTES)
+    groups = math.ceil(heads * capacity * head_dim / _HEAD_GROUP_FLOATS)
     each = math.ceil(heads / min(groups, heads))
-    row = each * size
+    row = each * head_dim * (4 if cache == "float32" else 1)
     aligned = all(row * rows % ALIGNMENT == 0 for rows in (capacity, CAPACITY_STEP))
     return each if each < heads and aligned else 0
 
