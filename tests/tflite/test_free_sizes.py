@@ -65,10 +65,11 @@ def test_any_order_of_sizes(tmp_path, monkeypatch, scheme, heads, head_dim):
     np.testing.assert_allclose(gpt.logits(ids), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("heads", [16, (16, 5)])
 @pytest.mark.parametrize("scheme", ["int8", "int8, cache"])
-def test_decoding_to_the_end_and_back(tmp_path, scheme):
+def test_decoding_to_the_end_and_back(tmp_path, scheme, heads):
     """Through every capacity, at one token a step, with signatures for one and for two groups."""
-    gpt, info = build(tmp_path, scheme, heads=16, head_dim=64)
+    gpt, info = build(tmp_path, scheme, heads, head_dim=64)
     assert info.signatures == ("prefill", "decode_512", "decode", "logits")
     ids = np.random.default_rng(2).integers(0, 61, CONTEXT)
     expected = gpt.logits(ids)
