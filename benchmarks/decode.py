@@ -222,6 +222,8 @@ def main() -> int:
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # TensorFlow ends with it
             sizes, config = pool.apply(prepare, (folder, options.preset))
         if options.loading:
+            if name not in runs:
+                raise SystemExit(f"There is no result of {name} yet: measure without --loading.")
             runs[name]["loading"] = loading(folder, threads, min(options.rounds, 5))
             runs[name]["position_64_of_1024_over_128"] = capacity_cost(
                 folder, threads, options.rounds
