@@ -57,6 +57,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def on_this_processor(name: str) -> str:
+    """`name`, and the processor, which keeps a result beside those of others: what it calls itself,
+    and the last of the instructions looked for, since Xeons are all called the same."""
+    here = machine()
+    return f"{name}, {' with '.join([here['processor'], *here['instructions'][-1:]])}"
+
+
 def write_result(name: str, result: dict[str, Any]) -> Path:
     """Write `benchmarks/results/{name}.json`, with the machine beside the numbers."""
     path = RESULTS / f"{name}.json"

@@ -38,7 +38,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._common import RESULTS, machine, spread
+from benchmarks._common import RESULTS, machine, on_this_processor, spread
 from benchmarks.decode_engines import load_once, prepare, start
 from tf_gptopt._files import read_json, write_json
 
@@ -214,7 +214,9 @@ def main() -> int:
     path = RESULTS / "decode.json"
     runs = read_json(path) if path.is_file() else {}
     name = f"{options.preset}, {threads} thread{'s' * (threads > 1)}"
-    name += ", weight cache" * options.cache + f", {machine()['processor']}"
+    name = on_this_processor(name + ", weight cache" * options.cache)
+    if options.loading and name not in runs:
+        parser.error(f"there is no result of {name} yet: measure without --loading")
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder = folder / options.preset
@@ -222,8 +224,6 @@ def main() -> int:
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # TensorFlow ends with it
             sizes, config = pool.apply(prepare, (folder, options.preset))
         if options.loading:
-            if name not in runs:
-                raise SystemExit(f"There is no result of {name} yet: measure without --loading.")
             runs[name]["loading"] = loading(folder, threads, min(options.rounds, 5))
             runs[name]["position_64_of_1024_over_128"] = capacity_cost(
                 folder, threads, options.rounds

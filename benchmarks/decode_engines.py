@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -19,7 +20,25 @@ import numpy as np
 BLOCKS = {"attn_qkv": "qkv", "attn_output": "proj", "ffn_up": "fc", "ffn_down": "out"}
 
 
-class Ours:
+class Engine:
+    """Reads ids after earlier ones: `read` gives the last's logits, `reset` forgets all."""
+
+    def measure(self, prompt: np.ndarray, count: int) -> tuple[float, float, np.ndarray]:
+        """Seconds of reading a prompt, median seconds of a token after it, the prompt's logits."""
+        self.reset()
+        start = time.perf_counter()
+        logits = self.read(prompt)
+        token = int(logits.argmax())
+        seconds, first = [time.perf_counter() - start], np.array(logits)
+        for _ in range(count):
+            start = time.perf_counter()
+            token = int(self.read(np.array([token])).argmax())
+            seconds.append(time.perf_counter() - start)
+        # the first token may find the cache moved and its signature not ready yet
+        return seconds[0], statistics.median(seconds[2:] or seconds[-1:]), first
+
+
+class Ours(Engine):
     """`TFLiteGPT`, as a user has it."""
 
     def __init__(self, folder: Path, file: str, threads: int, weight_cache: bool) -> None:
@@ -35,7 +54,7 @@ class Ours:
         self._model.reset()
 
 
-class LlamaCpp:
+class LlamaCpp(Engine):
     """llama.cpp through its C functions, without the Python class around them.
 
     Flash attention, its default on a CPU, takes nearly twice as long as none at position 1,000 of
@@ -52,23 +71,29 @@ class LlamaCpp:
         self._model = llama_cpp.llama_model_load_from_file(
             str(folder / file).encode(), llama_cpp.llama_model_default_params()
         )
-        self._options = llama_cpp.llama_context_default_params()
-        self._options.n_ctx = self._options.n_batch = self._options.n_ubatch = 1024
-        self._options.n_threads = self._options.n_threads_batch = threads
-        self._context = llama_cpp.llama_init_from_model(self._model, self._options)
-        self._other: Any = None  # without flash attention
+        self._threads = threads
+        self._context = self._new_context(llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO)
         vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
 
+    def _new_context(self, flash_attention: int) -> Any:
+        options = self._lib.llama_context_default_params()
+        options.n_ctx = options.n_batch = options.n_ubatch = 1024
+        options.n_threads = options.n_threads_batch = self._threads
+        options.flash_attn_type = flash_attention
+        return self._lib.llama_init_from_model(self._model, options)
+
+    @functools.cached_property  # `load_once` wants the default alone
+    def _contexts(self) -> tuple[Any, Any]:
+        return self._context, self._new_context(self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED)
+
     def measure(self, prompt: np.ndarray, count: int) -> tuple[float, float, np.ndarray]:
-        if self._other is None:
-            self._options.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            self._other = self._lib.llama_init_from_model(self._model, self._options)
         found = []
-        for _ in range(2):
-            found.append(measure(self, prompt, count))
-            self._context, self._other = self._other, self._context
-        return min(found[0][0], found[1][0]), min(found[0][1], found[1][1]), found[0][2]
+        for context in self._contexts:
+            self._context = context
+            found.append(super().measure(prompt, count))
+        prefills, tokens, logits = zip(*found, strict=True)
+        return min(prefills), min(tokens), logits[0]
 
     def read(self, ids: np.ndarray) -> np.ndarray:
         tokens = (self._lib.llama_token * len(ids))(*ids.tolist())
@@ -112,29 +137,12 @@ class CTranslate2:
 ENGINES = {engine.__name__: engine for engine in (Ours, LlamaCpp, CTranslate2)}
 
 
-def measure(engine: Any, prompt: np.ndarray, count: int) -> tuple[float, float, np.ndarray | None]:
-    """Seconds of reading a prompt, median seconds of a token after it, the prompt's logits."""
-    engine.reset()
-    start = time.perf_counter()
-    logits = engine.read(prompt)
-    token = int(logits.argmax())
-    seconds, first = [time.perf_counter() - start], np.array(logits)
-    for _ in range(count):
-        start = time.perf_counter()
-        token = int(engine.read(np.array([token])).argmax())
-        seconds.append(time.perf_counter() - start)
-    # the first token may find the cache moved and its signature not ready yet
-    return seconds[0], statistics.median(seconds[2:] or seconds[-1:]), first
-
-
 def serve(pipe: Any, kind: str, *args: Any) -> None:
     """An engine's process: measures what it is asked to until the pipe closes."""
     engine = ENGINES[kind](*args)
     with contextlib.suppress(EOFError):
         while True:
-            prompt, count = pipe.recv()
-            own = getattr(engine, "measure", None)
-            pipe.send(own(prompt, count) if own else measure(engine, prompt, count))
+            pipe.send(engine.measure(*pipe.recv()))
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ Contests (`SHAPES`, `CONTESTS`):
 A rival counts with the faster of float32 and bfloat16 on this processor; what it reached in the
 other is kept too. Then all of them stay alive and take turns of a few steps, so that other work on
 the machine hits them alike; what counts is the median of the rounds' ratios. Needs the extra
-`bench`. Results go to benchmarks/results/train.json, contest by contest, those of a processor that
-multiplies bfloat16 under a name of their own.
+`bench`. Results go to benchmarks/results/train.json, contest by contest, those of each
+processor under names of their own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._common import RESULTS, machine, spread
+from benchmarks._common import RESULTS, machine, on_this_processor, spread
 from benchmarks.contestants import HOUSES, QAT, Turns
 from tf_gptopt._files import read_json, write_json
 
@@ -180,9 +180,8 @@ def main() -> None:
         outcome = compete(name, arguments.quick, rounds, arguments.steps)
         if not arguments.quick:
             results = read_json(path) if path.exists() else {}
-            found = {"machine": machine(), **outcome}
-            has_units = any("bf16" in each for each in found["machine"]["instructions"])
-            write_json(path, {**results, name + ", bfloat16 units" * has_units: found})
+            found = {on_this_processor(name): {"machine": machine(), **outcome}}
+            write_json(path, {**results, **found})
             print(f"  written to {path}")
 
 
