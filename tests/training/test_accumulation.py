@@ -75,7 +75,8 @@ def test_a_compiled_model_is_saved_and_loaded_amid_an_update(tmp_path):
     model = build()
     model.compile(adamw(steps=9, accumulate=4, max_accumulate=8), loss=NextTokenLoss())
     data = Padded().batches("train", 4)
-    model.fit(data, steps_per_epoch=6, verbose=0)
+    for inputs, labels in data.take(6):
+        model.train_on_batch(inputs, labels)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert loaded.optimizer.get_config() == model.optimizer.get_config()
@@ -121,16 +122,11 @@ def same_weights(a, b):
     return all(np.array_equal(x, y) for x, y in zip(a.get_weights(), b.get_weights(), strict=True))
 
 
-def test_microbatches_are_the_rows_of_the_batch_with_their_share_of_its_tokens():
+def test_microbatches_are_the_rows_of_the_batch():
     batch = next(iter(Padded().batches("train", 8)))
-    parts = list(microbatches(Padded().batches("train", 8), 4, -1).take(4))
+    parts = list(microbatches(Padded().batches("train", 8), 4).take(4))
     for i in range(2):
         np.testing.assert_array_equal(np.concatenate([part[i] for part in parts]), batch[i])
-    share = np.array([float(part[2][0]) for part in parts])
-    tokens = np.array([np.sum(part[1] != -1) for part in parts])
-    assert len(set(tokens)) > 1
-    np.testing.assert_allclose(share, 4 * tokens / tokens.sum(), rtol=1e-6)
-    assert [len(part) for part in microbatches(Padded().batches("train", 8), 2).take(1)] == [2]
 
 
 def test_fit_makes_the_same_curve_however_the_padding_is_spread():

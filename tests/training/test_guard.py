@@ -16,11 +16,12 @@ from tf_gptopt.training.loss import NextTokenLoss
 from tf_gptopt.training.optimizer import adamw
 from tf_gptopt.training.trainer import fit
 
+BAD = 29  # an id that the model cannot read
 CONFIG = TrainConfig(steps=24, batch_size=4, learning_rate=1e-2, log_every=4, checkpoint_every=1e-9)
 
 
 class Batches:
-    """Counting sequences; the labels of some steps are no tokens."""
+    """Counting sequences; of some steps the model makes NaN."""
 
     sequence_length = 8
 
@@ -31,8 +32,8 @@ class Batches:
         def batch(step):
             start = tf.random.stateless_uniform([batch_size, 1], [seed, step], 0, 29, tf.int32)
             ids = (start + tf.range(9)) % 29
-            wrong = tf.where(tf.reduce_any(step == self.bad), 100, 0)
-            return ids[:, :-1], ids[:, 1:] + wrong
+            wrong = tf.reduce_any(step == self.bad)
+            return tf.where(wrong, BAD, ids[:, :-1]), ids[:, 1:]
 
         return tf.data.Dataset.range(start_step, 2**40).map(batch)
 
@@ -40,14 +41,10 @@ class Batches:
 def build(seed=0, dropout=0.1):
     keras.utils.set_random_seed(seed)
     layers = keras.layers
-    return keras.Sequential(
-        [
-            keras.Input((None,), dtype="int32"),
-            layers.Embedding(29, 16),
-            make_dropout(dropout, name="dropout"),
-            layers.Dense(29),
-        ]
-    )
+    ids = keras.Input((None,), dtype="int32")
+    x = make_dropout(dropout, name="dropout")(layers.Embedding(BAD + 1, 16)(ids))
+    logits = layers.Dense(29, dtype="float32")(x)
+    return keras.Model(ids, logits + tf.where(ids == BAD, math.nan, 0.0)[:, :, None])
 
 
 def quiet(report):

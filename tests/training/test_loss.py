@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
 from tf_gptopt.training.loss import NextTokenLoss
 
@@ -40,7 +41,8 @@ def test_value_and_gradient_are_those_of_keras(scale, compiled):
 def test_ignored_labels_count_neither_above_nor_below():
     labels, logits = batch()
     keep = np.random.default_rng(1).random(SHAPE[:2]) < 0.6
-    loss, gradient = loss_and_gradient(NextTokenLoss(), tf.where(keep, labels, -1), logits)
+    others = tf.constant(np.random.default_rng(2).choice([-1, -2, -100], SHAPE[:2]), tf.int32)
+    loss, gradient = loss_and_gradient(NextTokenLoss(), tf.where(keep, labels, others), logits)
     theirs = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     want, want_gradient = loss_and_gradient(theirs, labels[keep], logits[keep])
     assert loss == pytest.approx(want, rel=1e-6)
@@ -55,11 +57,14 @@ def test_a_batch_of_padding_alone_costs_nothing():
     assert not gradient.any()
 
 
-@pytest.mark.parametrize("label", [SHAPE[-1], -2])
-def test_a_label_that_is_no_token_is_not_silent(label):
+def test_a_label_that_is_no_token_is_named():
     labels, logits = batch()
-    labels = tf.tensor_scatter_nd_update(labels, [[1, 1]], [label])
-    assert math.isnan(float(NextTokenLoss()(labels, logits)))
+    labels = tf.tensor_scatter_nd_update(labels, [[1, 1]], [SHAPE[-1]])
+    for loss in (NextTokenLoss(), tf.function(NextTokenLoss())):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"(?s)label is no token.*37.*37"):
+            loss(labels, logits)
+    in_xla = tf.function(NextTokenLoss(), jit_compile=True)  # which knows no errors
+    assert math.isnan(float(in_xla(labels, logits)))
 
 
 def test_a_hopeless_or_certain_prediction_is_finite():
@@ -110,3 +115,31 @@ def test_it_is_compiled_fitted_saved_and_evaluated(tiny_model, tmp_path):
     assert isinstance(again.loss, NextTokenLoss)
     want = model.evaluate(ids[:, :-1], ids[:, 1:], verbose=0)
     assert again.evaluate(ids[:, :-1], ids[:, 1:], verbose=0) == pytest.approx(want, rel=1e-6)
+
+
+def smoothed_loss(logits, labels, smoothing, z_loss):
+    """By Keras's own categorical cross-entropy, and log Z as TensorFlow has it."""
+    one_hot = tf.one_hot(labels, SHAPE[-1])
+    theirs = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
+    return theirs(one_hot, logits) + z_loss * tf.reduce_mean(
+        tf.square(tf.reduce_logsumexp(logits, -1))
+    )
+
+
+@pytest.mark.parametrize("form", [(0.1, 0.0), (0.0, 1e-2), (0.2, 1e-3)])
+def test_label_smoothing_and_z_loss(form):
+    labels, logits = batch()
+    ours = NextTokenLoss(label_smoothing=form[0], z_loss=form[1])
+    loss, gradient = loss_and_gradient(ours, labels, logits)
+    theirs = lambda labels, logits: smoothed_loss(logits, labels, *form)  # noqa: E731
+    want, want_gradient = loss_and_gradient(theirs, labels, logits)
+    assert loss == pytest.approx(want, rel=1e-5)
+    np.testing.assert_allclose(gradient, want_gradient, rtol=1e-4, atol=1e-7)
+    again = keras.losses.deserialize(keras.losses.serialize(ours))
+    assert float(again(labels, logits)) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [{"label_smoothing": 1.0}, {"z_loss": -1e-4}])
+def test_shares_out_of_range_are_refused(wrong):
+    with pytest.raises(UserError, match="label_smoothing is a share"):
+        NextTokenLoss(**wrong)

@@ -11,6 +11,7 @@ All of them compute in float32 and return the dtype that they were given.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -91,41 +92,82 @@ def _layer_norm_gradient(
     )
 
 
-@tf.custom_gradient
-def cross_entropy(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-    """-log softmax(logits)[label] of every row: `(rows, vocab)`, `(rows,)` int32 -> `(rows,)`.
+class CrossEntropy(NamedTuple):
+    """What a token costs: log Z - sum(target * logits) + z_loss * (log Z)^2, Z = sum(exp(logits)).
 
-    The softmax is computed once and serves the gradient too (softmax - one_hot). A label outside
-    `[0, vocab)` gives NaN.
+    Attributes:
+        label_smoothing: share of the target that is spread evenly over the vocabulary; the label
+            has the rest.
+        z_loss: weight of (log Z)^2.
     """
-    probabilities = tf.nn.softmax(tf.cast(logits, tf.float32))
 
-    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, None]:
-        slope = cross_entropy_gradient(probabilities, labels, upstream)
-        return tf.cast(slope, logits.dtype), None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
-    return cross_entropy_of(logits, probabilities, labels), gradient
+
+PLAIN = CrossEntropy()
+
+
+def cross_entropy(logits: tf.Tensor, labels: tf.Tensor, form: CrossEntropy = PLAIN) -> tf.Tensor:
+    """Loss of every row: `(rows, vocab)`, `(rows,)` int32 -> `(rows,)` float32.
+
+    The softmax is computed once and serves the gradient too. A label outside `[0, vocab)` gives
+    NaN.
+    """
+
+    @tf.custom_gradient
+    def of(logits: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        probabilities = tf.nn.softmax(tf.cast(logits, tf.float32))
+        losses, log_z = cross_entropy_of(logits, probabilities, labels, form)
+
+        def gradient(upstream: tf.Tensor) -> tf.Tensor:
+            slope = cross_entropy_gradient(probabilities, log_z, labels, upstream, form)
+            return tf.cast(slope, logits.dtype)
+
+        return losses, gradient
+
+    return of(logits)
 
 
 @xla
-def cross_entropy_of(logits: tf.Tensor, probabilities: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """`(rows,)`: the loss of each row, given the softmax of its logits."""
+def cross_entropy_of(
+    logits: tf.Tensor,
+    probabilities: tf.Tensor,
+    labels: tf.Tensor,
+    form: CrossEntropy = PLAIN,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Each row's loss and log Z, `(rows,)`, given the softmax of its logits."""
     # log sum exp from the largest class alone: its probability is at least 1/vocab, never 0
     logits = tf.cast(logits, tf.float32)
-    normalizer = tf.reduce_max(logits, -1) - tf.math.log(tf.reduce_max(probabilities, -1))
+    log_z = tf.reduce_max(logits, -1) - tf.math.log(tf.reduce_max(probabilities, -1))
     vocab = tf.shape(logits)[-1]
-    chosen = tf.gather(logits, tf.clip_by_value(labels, 0, vocab - 1), batch_dims=1)
+    target = tf.gather(logits, tf.clip_by_value(labels, 0, vocab - 1), batch_dims=1)
+    if form.label_smoothing:
+        even = tf.reduce_mean(logits, -1)
+        target = (1.0 - form.label_smoothing) * target + form.label_smoothing * even
+    losses = log_z - target
+    if form.z_loss:
+        losses += form.z_loss * tf.square(log_z)
     is_class = (labels >= 0) & (labels < vocab)
-    return tf.where(is_class, normalizer - chosen, np.nan)
+    return tf.where(is_class, losses, np.nan), log_z
 
 
 @xla
 def cross_entropy_gradient(
-    probabilities: tf.Tensor, labels: tf.Tensor, upstream: tf.Tensor
+    probabilities: tf.Tensor,
+    log_z: tf.Tensor,
+    labels: tf.Tensor,
+    upstream: tf.Tensor,
+    form: CrossEntropy = PLAIN,
 ) -> tf.Tensor:
     """`(rows, vocab)`: the loss's gradient to the logits."""
-    one_hot = tf.one_hot(labels, probabilities.shape[-1])
-    return (probabilities - one_hot) * upstream[:, None]
+    vocab = probabilities.shape[-1]
+    target = tf.one_hot(labels, vocab)
+    if form.label_smoothing:
+        target = (1.0 - form.label_smoothing) * target + form.label_smoothing / vocab
+    if form.z_loss:
+        probabilities *= 1.0 + 2.0 * form.z_loss * log_z[:, None]
+    return (probabilities - target) * upstream[:, None]
 
 
 def _rows(x: tf.Tensor) -> tf.Tensor:

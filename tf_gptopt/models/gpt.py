@@ -11,6 +11,7 @@ import numpy as np
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
 from tf_gptopt.models.config import GPTConfig, PerBlock, preset
+from tf_gptopt.models.graph_errors import ReadableErrors
 from tf_gptopt.models.layers import (
     CausalSelfAttention,
     Gelu,
@@ -23,10 +24,11 @@ from tf_gptopt.models.layers import (
     register,
 )
 from tf_gptopt.models.recompute import recomputing
+from tf_gptopt.models.token_means import average_over_tokens
 
 
 @register
-class GPTModel(keras.Model):
+class GPTModel(ReadableErrors, keras.Model):
     """A decoder-only Transformer (GPT-2: pre-LN, learned positions, gelu_new, tied logits).
 
     It is a plain Functional model: `compile`, `fit`, `evaluate`, `save`, callbacks, dtype policies
@@ -164,6 +166,7 @@ class GPTModel(keras.Model):
 
             self.sampler = get_sampler(sampler)
         super().compile(*args, **kwargs)
+        average_over_tokens(self)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras leaves this out when it loads a model that has a `compile` of its own

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_gptopt.models.fused import cross_entropy_gradient, cross_entropy_of
+from tf_gptopt.models.fused import PLAIN, CrossEntropy, cross_entropy_gradient, cross_entropy_of
 
 CHUNK = 1 << 24  # logits: 64 MB
 
@@ -32,9 +32,13 @@ class Head(NamedTuple):
 
 
 def linear_cross_entropy(
-    head: Head, labels: tf.Tensor, weights: tf.Tensor, chunk: int = CHUNK
+    head: Head,
+    labels: tf.Tensor,
+    weights: tf.Tensor,
+    chunk: int = CHUNK,
+    form: CrossEntropy = PLAIN,
 ) -> tf.Tensor:
-    """sum(weights * -log softmax(rows table^T)[labels]), the logits never whole.
+    """Sum of weights * the cross-entropy of softmax(rows table^T), the logits never whole.
 
     In training the gradient is made together with the loss, so it takes no more products than the
     plain loss does. Keep weights near 1 and divide the sum afterwards: 16-bit gradients are made
@@ -46,14 +50,14 @@ def linear_cross_entropy(
             weight is 0.
         weights: `(batch, time)` float32; they get no gradient.
         chunk: how many logits are held at a time, if that is at least a row.
+        form: of the cross-entropy.
 
     Returns a float32 scalar.
     """
     vocab, width = head.table.shape
     rows = tf.reshape(head.rows, [-1, width])
     count = rows.shape[0] or tf.shape(rows)[0]  # known in training, so that XLA compiles once
-    chunks = -(-count // max(1, chunk // vocab))
-    size = -(-count // chunks)
+    chunks, size = pieces_of(count, max(1, chunk // vocab))
 
     def split(x: tf.Tensor) -> tf.Tensor:
         x = tf.pad(x, [[0, chunks * size - count]] + [[0, 0]] * (len(x.shape) - 1))
@@ -66,21 +70,21 @@ def linear_cross_entropy(
     def loss_of(rows: tf.Tensor, table: tf.Tensor) -> tuple[tf.Tensor, Any]:
         pieces = split(rows)
 
-        def forward(i: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        def forward(i: Any) -> tuple[tf.Tensor, ...]:
             logits = tf.cast(tf.matmul(pieces[i], table, transpose_b=True), tf.float32)
             probabilities = tf.nn.softmax(logits)
-            losses = cross_entropy_of(logits, probabilities, labels[i])
-            return tf.reduce_sum(losses * weights[i]), probabilities
+            losses, log_z = cross_entropy_of(logits, probabilities, labels[i], form)
+            return tf.reduce_sum(losses * weights[i]), probabilities, log_z
 
-        def backward(i: Any, probabilities: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            slope = cross_entropy_gradient(probabilities, labels[i], weights[i])
+        def backward(i: Any, *softmax: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            slope = cross_entropy_gradient(*softmax, labels[i], weights[i], form)
             slope = tf.cast(slope, table.dtype)
             wide = tf.matmul(pieces[i], slope, transpose_a=True)  # (width, vocab): see TokenLogits
             return tf.matmul(slope, table), tf.cast(wide, tf.float32)
 
         def step(i: Any, total: Any, d_rows: Any, d_table: Any) -> tuple[Any, ...]:
-            loss, probabilities = forward(i)
-            d_piece, d_wide = backward(i, probabilities)
+            loss, *softmax = forward(i)
+            d_piece, d_wide = backward(i, *softmax)
             return i + 1, total + loss, d_rows.write(i, d_piece), d_table + d_wide
 
         if not head.training:
@@ -92,8 +96,8 @@ def linear_cross_entropy(
             )
             return loss, lambda upstream: (None, None)
         if rows.shape[0] is not None and chunks == 1:
-            loss, probabilities = forward(0)
-            d_rows, d_table = backward(0, probabilities)
+            loss, *softmax = forward(0)
+            d_rows, d_table = backward(0, *softmax)
         else:
             array = tf.TensorArray(rows.dtype, chunks, element_shape=pieces.shape[1:])
             start = (0, 0.0, array, tf.zeros([width, vocab]))
@@ -110,3 +114,11 @@ def linear_cross_entropy(
         return loss, gradient
 
     return loss_of(rows, head.table)
+
+
+def pieces_of(count: Any, most: int) -> tuple[Any, Any]:
+    """`(pieces, rows of each)` by which `count` rows go at most `most` at a time; one, empty, where
+    a replica has no row."""
+    at_least_one = max if isinstance(count, int) else tf.maximum
+    pieces = at_least_one(-(-count // most), 1)
+    return pieces, -(-count // pieces)

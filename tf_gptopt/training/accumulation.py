@@ -8,6 +8,7 @@ so that it holds in anybody's `compile` and `fit`; `optimizer.py` has the one th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import tensorflow as tf
@@ -15,6 +16,7 @@ import tensorflow as tf
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
 from tf_gptopt.training import noise_scale
+from tf_gptopt.training.gradient_weight import GradientWeight
 
 # Each replica writes its own; a checkpoint holds their sum
 _EACH_REPLICA = {
@@ -27,9 +29,11 @@ class AccumulatingOptimizer(keras.optimizers.Optimizer):
     """A mixin, named before an optimizer of Keras: `class AdamW(AccumulatingOptimizer, ...)`.
 
     - Of `accumulate` calls of `apply_gradients` (microbatches: steps of `fit`) the last one updates
-      with the mean of the gradients. Each replica adds up its own; they are summed over replicas
-      once an update. Clipping, `iterations`, schedules and variable constraints (pruning masks) see
-      updates, not microbatches.
+      with the mean of the gradients, each weighted by its labels where the loss tells how many
+      there were (`weigh`), so that the update is that of one batch with all of them. Each replica
+      adds up its own; they are summed over replicas once an update. Clipping, `iterations`,
+      schedules and variable constraints (pruning masks) see updates, not microbatches.
+    - What is left over at the end of a Keras `fit` makes an update of its own (`flush`).
     - Where the norm of that gradient, or a loss given to `minimize`, is NaN or infinite, the whole
       update is skipped on all replicas alike and counted; weights, moments, masks and `iterations`
       stay. Keras's `LossScaleOptimizer` around it leaves this decision here, and its scale moves
@@ -78,6 +82,9 @@ class AccumulatingOptimizer(keras.optimizers.Optimizer):
         self.last_skipped = self._scalar("last_skipped")
         self.microbatches_per_update = self._scalar("microbatches_per_update", accumulate)
         self._microbatch = self._scalar("microbatch")
+        self._taken = self._scalar("taken", 0.0)  # labels of the microbatches since the last update
+        self._weight = GradientWeight()
+        self._update_with_rest: Callable[..., None] | None = None  # of what was taken in so far
         if self.measure_noise:
             self._signal, self._noise = (self._scalar(name, 0.0) for name in ("signal", "noise"))
             self._squares = self._scalar("squares", 0.0, **_EACH_REPLICA)
@@ -116,6 +123,30 @@ class AccumulatingOptimizer(keras.optimizers.Optimizer):
             pairs[smallest] = tf.where(sound, gradient, nan), variable
         return pairs
 
+    def weigh(self, tokens: tf.Tensor) -> None:
+        """Say what the next gradient of this replica counts, against those of other microbatches.
+
+        `fit` does so for models of this package; in a training loop of your own, call it between
+        the loss and `apply_gradients`, in the same graph.
+
+        Args:
+            tokens: float32 scalar, the labels of all replicas that the loss is a mean over.
+        """
+        self._weight.say(tokens)
+
+    def flush(self) -> None:
+        """Update with the microbatches since the last update, if there are any. Keras's `fit` calls
+        it at its end, outside of replicas."""
+        if self._update_with_rest is None or not int(self._microbatch.numpy()):
+            return
+        strategy = self._distribution_strategy
+        on_replica = partial(_merge, self._update_with_rest, strategy)
+        tf.function(lambda: strategy.run(on_replica), autograph=False)()
+
+    def finalize_variable_values(self, var_list: Iterable[tf.Variable]) -> None:
+        self.flush()
+        super().finalize_variable_values(var_list)
+
     def apply_gradients(
         self,
         grads_and_vars: Iterable[tuple[Any, tf.Variable]],
@@ -147,74 +178,100 @@ class AccumulatingOptimizer(keras.optimizers.Optimizer):
             raise UserError("No gradient reaches any variable: the loss depends on none of them.")
         gradients = [tf.convert_to_tensor(gradient) for gradient, _ in pairs]
         variables = [variable for _, variable in pairs]
+        weight = self._weight.take()
         with tf.name_scope(name or self.name):
             with tf.init_scope():
                 self.build(variables)
             # `merge_call` is forbidden in a branch of a replica, so all branches are of the whole
-            tf.__internal__.distribute.interim.maybe_merge_call(
-                lambda strategy, gradients: self._take(strategy, gradients, variables, reduced),
-                self._distribution_strategy,
-                gradients,
-            )
+            take = partial(self._take, variables, reduced)
+            _merge(take, self._distribution_strategy, gradients, weight)
         return self.iterations
 
     def _take(
-        self, strategy: tf.distribute.Strategy, gradients: Any, variables: Any, reduced: bool
+        self,
+        variables: list[tf.Variable],
+        reduced: bool,
+        strategy: tf.distribute.Strategy,
+        gradients: Any,
+        weight: Any,
     ) -> None:
         """A microbatch: the gradients of all replicas, each still apart unless `reduced`."""
         if self.max_accumulate == 1:
             self._update(strategy, gradients, variables, reduced)
             return
-        accumulators = [self._accumulators[self._index_of(variable)] for variable in variables]
-        squares = [self._squares] if self.measure_noise else []
+        self._update_with_rest = partial(self._update_with_taken, variables, reduced, False)
 
-        def add(gradients: list[tf.Tensor]) -> None:
-            for accumulator, gradient in zip(accumulators, gradients, strict=True):
-                accumulator.assign_add(gradient)
-            for square in squares:
-                square.assign_add(tf.square(tf.linalg.global_norm(gradients)))
+        def add(gradients: list[tf.Tensor], weight: tf.Tensor | None) -> None:
+            if weight is not None:
+                gradients = [gradient * tf.cast(weight, gradient.dtype) for gradient in gradients]
+            for variable, gradient in zip(variables, gradients, strict=True):
+                self._accumulators[self._index_of(variable)].assign_add(gradient)
+            if self.measure_noise:
+                self._squares.assign_add(tf.square(tf.linalg.global_norm(gradients)))
+
+        _on_each(strategy, add, gradients, weight)
+        here = strategy.experimental_local_results(weight)[0]  # the same on all replicas
+        self._taken.assign_add(1.0 if here is None else here)
+        self._microbatch.assign_add(1)
+        full = self._microbatch.read_value() >= self.microbatches_per_update.read_value()
+        update = partial(self._update_with_taken, variables, reduced, True, strategy)
+        tf.cond(full, update, lambda: None)
+
+    def _update_with_taken(
+        self, variables: list, reduced: bool, whole: bool, strategy: tf.distribute.Strategy
+    ) -> None:
+        """Update with the microbatches that were taken in, and begin anew; `whole` says whether
+        they are as many as an update has."""
+        accumulators = [self._accumulators[self._index_of(variable)] for variable in variables]
 
         def read() -> list[tf.Tensor]:
             return [accumulator.read_value() for accumulator in accumulators]
 
         def clear() -> None:
-            for variable in (*accumulators, *squares):
+            for variable in (*accumulators, *([self._squares] if self.measure_noise else [])):
                 variable.assign(tf.zeros(variable.shape, variable.dtype))
 
-        def update() -> None:
-            self._update(strategy, _on_each(strategy, read), variables, reduced)
-            _on_each(strategy, clear)
-            self._microbatch.assign(0)
-
-        _on_each(strategy, add, gradients)
-        self._microbatch.assign_add(1)
-        full = self._microbatch.read_value() >= self.microbatches_per_update.read_value()
-        tf.cond(full, update, lambda: None)
+        weight = self._taken.read_value()
+        self._update(strategy, _on_each(strategy, read), variables, reduced, weight, whole)
+        _on_each(strategy, clear)
+        self._microbatch.assign(0)
+        self._taken.assign(0.0)
 
     def _update(
-        self, strategy: tf.distribute.Strategy, gradients: Any, variables: Any, reduced: bool
+        self,
+        strategy: tf.distribute.Strategy,
+        gradients: Any,
+        variables: Any,
+        reduced: bool,
+        weight: tf.Tensor | float = 1.0,
+        measure: bool = True,
     ) -> None:
-        """Update with the sum of microbatches' gradients, or skip it."""
+        """Update with the sum of microbatches' gradients, which weigh `weight` together, or skip
+        it."""
         count = tf.cast(self.microbatches_per_update.read_value(), tf.float32)
+        measure = measure and self.measure_noise
+        share = tf.math.divide_no_nan(1.0, weight)
 
         def reduce(gradients: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-            squares = self._square_of_parts(gradients, count, reduced)
+            squares = tf.zeros([])
+            if measure:
+                squares = self._square_of_parts(gradients, reduced) * count * tf.square(share)
             if not reduced:
                 pairs = self.aggregate_gradients(zip(gradients, variables, strict=True))
                 gradients = [gradient for gradient, _ in pairs]
             norm = tf.linalg.global_norm(gradients)
-            return gradients, norm / count if self.max_accumulate > 1 else norm, squares
+            return gradients, norm * share, squares
 
         gradients, norm, squares = _on_each(strategy, reduce, gradients)
         norm_here, squares = (strategy.experimental_local_results(x)[0] for x in (norm, squares))
 
         def update() -> None:
             def apply(gradients: list[tf.Tensor], norm: tf.Tensor) -> None:
-                self._apply(gradients, variables, norm, count)
+                self._apply(gradients, variables, norm, share)
 
             _on_each(strategy, apply, gradients, norm)
             self.skipped_in_a_row.assign(0)
-            if self.measure_noise:
+            if measure:
                 parts = 1 if reduced else strategy.num_replicas_in_sync
                 self._measure(squares, tf.square(norm_here), parts, count)
 
@@ -230,10 +287,10 @@ class AccumulatingOptimizer(keras.optimizers.Optimizer):
         tf.cond(finite, update, skip)
 
     def _apply(
-        self, gradients: list[tf.Tensor], variables: Any, norm: tf.Tensor, count: tf.Tensor
+        self, gradients: list[tf.Tensor], variables: Any, norm: tf.Tensor, share: tf.Tensor
     ) -> None:
         """On one replica: clip what is the same on all of them, update, keep the constraints."""
-        factor = 1.0 / count if self.max_accumulate > 1 else None
+        factor = share if self.max_accumulate > 1 else None
         if self.global_clipnorm:
             clip = self.global_clipnorm * tf.minimum(1.0 / norm, 1.0 / self.global_clipnorm)
             factor = clip if factor is None else factor * clip
@@ -252,6 +309,7 @@ class AccumulatingOptimizer(keras.optimizers.Optimizer):
         for variable in (*self._accumulators, *([self._squares] if self.measure_noise else [])):
             variable.assign(tf.zeros(variable.shape, variable.dtype))
         self._microbatch.assign(0)
+        self._taken.assign(0.0)
 
     # The gradient noise scale
 
@@ -261,13 +319,9 @@ class AccumulatingOptimizer(keras.optimizers.Optimizer):
         of all replicas together): float32 scalar, NaN before the first update."""
         return noise_scale.ratio(self._signal.read_value(), self._noise.read_value())
 
-    def _square_of_parts(
-        self, gradients: list[tf.Tensor], count: tf.Tensor, reduced: bool
-    ) -> tf.Tensor:
-        """Mean squared norm of the gradients of an update's parts: one microbatch each, on one
-        replica unless `reduced`. Called on each replica."""
-        if not self.measure_noise:
-            return tf.zeros([])
+    def _square_of_parts(self, gradients: list[tf.Tensor], reduced: bool) -> tf.Tensor:
+        """Sum over microbatches of the mean squared norm of their gradients, on one replica unless
+        `reduced`. Called on each replica."""
         replica = tf.distribute.get_replica_context()
         parts = 1 if reduced else replica.num_replicas_in_sync
         if parts * self.accumulate == 1:
@@ -282,7 +336,7 @@ class AccumulatingOptimizer(keras.optimizers.Optimizer):
             squares = tf.square(tf.linalg.global_norm(gradients))
         if not reduced:  # losses are divided by the number of replicas, and gradients with them
             squares = parts * replica.all_reduce(tf.distribute.ReduceOp.SUM, squares)
-        return squares / count
+        return squares
 
     def _measure(self, small: tf.Tensor, big: tf.Tensor, parts: int, count: tf.Tensor) -> None:
         estimates = noise_scale.estimate(small, big, 1.0 / parts, count)
@@ -329,6 +383,12 @@ class AccumulatingOptimizer(keras.optimizers.Optimizer):
             "max_accumulate": self.max_accumulate,
             "measure_noise": self.measure_noise,
         }
+
+
+def _merge(fn: Callable, strategy: tf.distribute.Strategy, *args: Any) -> None:
+    """`fn(strategy, *args)` for all replicas together, called on each of them."""
+    fn = tf.autograph.experimental.do_not_convert(fn)
+    tf.__internal__.distribute.interim.maybe_merge_call(fn, strategy, *args)
 
 
 def _on_each(strategy: tf.distribute.Strategy, fn: Callable, *args: Any) -> Any:

@@ -21,7 +21,7 @@ from tf_gptopt.training.cluster import Alone
 from tf_gptopt.training.config import TrainConfig
 from tf_gptopt.training.flops import Utilisation
 from tf_gptopt.training.guard import NonFiniteGuard, hopeless, weights_are_finite
-from tf_gptopt.training.microbatches import UpdateCount, update_size
+from tf_gptopt.training.microbatches import UpdateCount, optimizer_of, update_size
 from tf_gptopt.training.schedules import PlateauSchedule, learning_rate_of, schedule_of
 
 _MEMORY = 0.95  # of the smoothed loss, per step: about the last twenty count
@@ -226,6 +226,11 @@ class TrainingLoop(keras.callbacks.Callback):
             self._guard.look(float(self._logs["loss"]), state.step)
         if self.interrupted or state.step >= self.config.steps:
             self.model.stop_training = True
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        optimizer = optimizer_of(self.model)
+        if getattr(optimizer, "max_accumulate", 1) > 1:  # the next run begins this update anew;
+            optimizer.forget_microbatches()  # Keras would have it made of what is there
 
     def on_train_end(self, logs: Any = None) -> None:
         if self.state.step > self._window:  # another callback stopped the training

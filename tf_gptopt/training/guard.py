@@ -150,9 +150,9 @@ def hopeless(model: keras.Model, loss: float, step: int, skips: Skips | None = N
         )
     if sound:
         return (
-            f"{what}: the data or the model gives something that is not finite. A label outside "
-            f"the vocabulary makes the loss NaN. {calm}. Weights are as they were before the first "
-            "of them; checkpoints stay."
+            f"{what}: the data or the model gives something that is not finite; under XLA so "
+            f"does a label outside the vocabulary. {calm}. Weights are as they were before the "
+            "first of them; checkpoints stay."
         )
     return (
         f"{what}: the training has diverged. {calm}; under mixed_float16 use float32 or "

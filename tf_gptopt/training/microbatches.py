@@ -11,34 +11,20 @@ from tf_gptopt._keras import keras
 from tf_gptopt.training.config import TrainConfig
 
 
-def microbatches(
-    batches: tf.data.Dataset, count: int, ignore_label: int | None = None
-) -> tf.data.Dataset:
-    """Each batch as `count` batches of its rows, in their order, which give the same update.
+def microbatches(batches: tf.data.Dataset, count: int) -> tf.data.Dataset:
+    """Each batch as `count` batches `(inputs, labels)` of its rows, in their order.
 
     Args:
         batches: of `(inputs, labels)`, both `(batch, time)`; `batch` is a multiple of `count`.
             Inputs may be a dictionary of tensors, each beginning with these two axes.
         count: microbatches a batch.
-        ignore_label: what marks a token that the loss leaves out of its average; None where there
-            is no such label.
-
-    Returns:
-        Batches of `(inputs, labels)`; with `ignore_label` also weights `(batch / count,)` float32:
-        the microbatch's share of the batch's tokens, times `count`. The mean of the weighted losses
-        is then the batch's loss, however the padding is spread.
     """
 
     def split(inputs: Any, labels: tf.Tensor) -> tuple[Any, ...]:
         rows = labels.shape[0] // count
-        inputs, labels = tf.nest.map_structure(
+        return tf.nest.map_structure(
             lambda x: tf.reshape(x, [count, rows, *x.shape[1:]]), (inputs, labels)
         )
-        if ignore_label is None:
-            return inputs, labels
-        tokens = tf.reduce_sum(tf.cast(labels != ignore_label, tf.float32), [1, 2])
-        share = tf.math.divide_no_nan(tokens * count, tf.reduce_sum(tokens))
-        return inputs, labels, tf.repeat(share[:, None], rows, axis=1)
 
     return batches.map(split).unbatch().prefetch(2)
 

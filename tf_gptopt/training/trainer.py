@@ -24,6 +24,7 @@ from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras, require_tf_keras
 from tf_gptopt.models.checkpoints import assign_weights
 from tf_gptopt.models.gpt import GPTModel, is_wrapped, require_gpt
+from tf_gptopt.models.token_means import average_over_tokens
 from tf_gptopt.training.callbacks import (
     Interruption,
     Progress,
@@ -116,6 +117,7 @@ def fit(
     with strategy.scope():
         if not model._is_compiled:
             model.compile(optimizer_for(config), loss=NextTokenLoss())
+        average_over_tokens(model)
         model.optimizer.build(model.trainable_variables)  # a checkpoint needs its moments
         checkpoints = None
         if checkpoint_dir is not None:
@@ -159,8 +161,7 @@ def fit(
             "train", config.batch_size, seed=config.seed, start_step=state.batches
         )
         if config.accumulate > 1:
-            padding = getattr(model.loss, "ignore_label", None)
-            batches = microbatches(batches, config.accumulate, padding)
+            batches = microbatches(batches, config.accumulate)
         with Interruption(loop), rewriting(config.precision), together(workers, stall_seconds()):
             model.fit(
                 batches,

@@ -21,10 +21,21 @@ from tf_gptopt.compression.distillation.teachers import (
     check_same_tokens,
     teacher_shares,
 )
+from tf_gptopt.models.fused import CrossEntropy
 from tf_gptopt.models.gpt import GPTModel, is_wrapped, require_gpt
+from tf_gptopt.models.graph_errors import ReadableErrors
+from tf_gptopt.models.token_means import (
+    average_over_tokens,
+    averages_tokens,
+    check_labels,
+    everywhere,
+    labels_of,
+    token_weights,
+    weigh,
+)
 
 
-class Distiller(keras.Model):
+class Distiller(ReadableErrors, keras.Model):
     """Trains `student` on the labels and on what `teacher` thinks of every token.
 
     ```python
@@ -43,8 +54,8 @@ class Distiller(keras.Model):
 
     The logs show `loss`, its parts by name (`distillation_loss` for soft labels, with its T^2,
     `hidden_states_loss`, `attention_maps_loss`, `relations_loss`, each without its weight, and
-    `hard_loss`, the compiled one) and the metrics. Tokens with a negative label (padding) count in
-    none of them; `NextTokenLoss` ignores them as well.
+    `hard_loss`, the compiled one) and the metrics, means over labels. Tokens with a negative label
+    (padding) count in none of them, nor those that the compiled `NextTokenLoss` leaves out.
 
     Each model runs once a step. The teacher runs as in inference, gets no gradient, and is not part
     of the distiller: weights and checkpoints are the student's and, where hidden states differ in
@@ -105,6 +116,11 @@ class Distiller(keras.Model):
         self.alpha = alpha
         self.built = True  # the student is
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`keras.Model.compile`; `loss` is the one on labels."""
+        super().compile(*args, **kwargs)
+        average_over_tokens(self)
+
     @property
     def teachers(self) -> tuple[GPTModel, ...]:
         """The frozen models that are learnt from."""
@@ -130,56 +146,62 @@ class Distiller(keras.Model):
         if self.alpha == 0:
             return super().compute_loss(x, y, y_pred, sample_weight)
         lesson = self._lesson
-        weights, mean = _token_mean(y, y_pred, sample_weight)
+        labels = tf.cast(tf.reshape(y, tf.shape(y_pred)[:2]), tf.int32)
+        labelled = tf.cast(labels_of(self.loss, labels), tf.float32)
+        weights = labelled * token_weights(sample_weight)
+        tokens = tf.reduce_sum(labelled)
+        all_tokens = everywhere(tokens)
+
+        def share(total: tf.Tensor) -> tf.Tensor:
+            """This replica's share of the mean over all labels; Keras sums gradients of shares."""
+            return tf.math.divide_no_nan(total, all_tokens)
+
         target, heads, taps = lesson.teach(x)
         parts, total = {}, 0.0
         for comparison in lesson.comparisons:
             loss = comparison.loss
             own = [y_pred.taps[name] for name in comparison.student_taps]
             losses = comparison(own, [taps[name] for name in comparison.teacher_taps])
-            parts[loss.NAME] = mean(tf.reduce_sum(losses * weights))
+            parts[loss.NAME] = share(tf.reduce_sum(losses * weights))
             total += self.alpha * loss.weight * parts[loss.NAME]
         soft, head = lesson.soft, getattr(y_pred, "head", None)
-        if soft and heads and head is not None and self._averages_tokens():
+        form = self._fused_form()
+        if soft and heads and head is not None and form is not None:
+            check_labels(labels, y_pred.shape[-1])
             both, of_soft, of_hard = linear_soft_labels(
                 head,
                 heads,
-                tf.cast(tf.reshape(y, tf.shape(weights)), tf.int32),
+                labels,
                 weights,
                 soft,
                 self.alpha * soft.weight,
                 1.0 - self.alpha,
                 lesson.shares,
+                form=form,
             )
-            parts[soft.NAME], parts["hard_loss"] = mean(of_soft), mean(of_hard)
-            total += mean(both)
+            parts[soft.NAME], parts["hard_loss"] = share(of_soft), share(of_hard)
+            total += share(both)
         else:
             if soft:
                 losses = distillation_loss(
                     target, y_pred, soft.temperature, soft.divergence, soft.beta
                 )
-                parts[soft.NAME] = mean(tf.reduce_sum(losses * weights))
+                parts[soft.NAME] = share(tf.reduce_sum(losses * weights))
                 total += self.alpha * soft.weight * parts[soft.NAME]
                 y_pred = tf.identity(y_pred)  # without its head, so that the loss takes these
             parts["hard_loss"] = super().compute_loss(x, y, y_pred, sample_weight)
             total += (1.0 - self.alpha) * parts["hard_loss"]
         parts["total_loss"] = total
-        replicas = tf.distribute.get_replica_context().num_replicas_in_sync
         for metric in self._means:
-            metric.update_state(parts[metric.name] * replicas, sample_weight=tf.shape(y_pred)[0])
+            mean = tf.math.divide_no_nan(parts[metric.name] * all_tokens, tokens)
+            metric.update_state(mean, sample_weight=tokens)
+        weigh(self.optimizer, all_tokens)
         return total
 
-    def _averages_tokens(self) -> bool:
-        """Whether the compiled loss is `NextTokenLoss`, or one like it, with nothing beside it."""
-        loss = self.loss
-        return (
-            isinstance(loss, keras.losses.Loss)
-            and getattr(loss, "ignore_label", None) == -1
-            and loss.reduction
-            in (keras.losses.Reduction.AUTO, keras.losses.Reduction.SUM_OVER_BATCH_SIZE)
-            and self.compiled_loss._user_loss_weights is None
-            and not self.losses
-        )
+    def _fused_form(self) -> CrossEntropy | None:
+        """Of the compiled loss, if that is `NextTokenLoss` and nothing beside it."""
+        alone = self.compiled_loss._user_loss_weights is None and not self.losses
+        return getattr(self.loss, "form", None) if alone and averages_tokens(self.loss) else None
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> dict[str, Any]:
         logs = super().compute_metrics(x, y, y_pred, sample_weight)
@@ -268,20 +290,3 @@ def _sort(losses: Sequence[Loss]) -> tuple[SoftLabels | None, list[FeatureLoss]]
         )
     soft = [loss for loss in losses if isinstance(loss, SoftLabels)]
     return (soft[0] if soft else None), [loss for loss in losses if loss not in soft]
-
-
-def _token_mean(y: Any, y_pred: tf.Tensor, sample_weight: Any) -> tuple[tf.Tensor, Any]:
-    """Weights `(batch, time)` float32, 0 where there is no label; and what makes a weighted sum
-    over them the mean over the labelled tokens of all replicas, this one's share of it."""
-    labelled = tf.cast(tf.reshape(y, tf.shape(y_pred)[:2]) >= 0, tf.float32)
-    tokens = tf.reduce_sum(labelled)
-    replica = tf.distribute.get_replica_context()
-    replicas = replica.num_replicas_in_sync
-    if replicas > 1:
-        tokens = replica.all_reduce(tf.distribute.ReduceOp.MEAN, tokens)
-    weights = labelled
-    if sample_weight is not None:
-        weight = tf.cast(sample_weight, tf.float32)
-        weights *= weight if weight.shape.rank == 2 else tf.reshape(weight, [-1, 1])
-    # Keras sums gradients over replicas and has divided the compiled loss for it; so do we
-    return weights, lambda total: tf.math.divide_no_nan(total, tokens) / replicas

@@ -14,8 +14,14 @@ import tensorflow as tf
 
 from tf_gptopt.compression.distillation.losses import SoftLabels
 from tf_gptopt.compression.distillation.soft_labels import Logits, Target, TopK, loss_and_gradient
-from tf_gptopt.models.fused import cross_entropy_gradient, cross_entropy_of, xla
-from tf_gptopt.models.linear_cross_entropy import CHUNK, Head
+from tf_gptopt.models.fused import (
+    PLAIN,
+    CrossEntropy,
+    cross_entropy_gradient,
+    cross_entropy_of,
+    xla,
+)
+from tf_gptopt.models.linear_cross_entropy import CHUNK, Head, pieces_of
 
 
 def linear_soft_labels(
@@ -28,6 +34,7 @@ def linear_soft_labels(
     hard_share: float,
     shares: tuple[float, ...] = (1.0,),
     chunk: int = CHUNK,
+    form: CrossEntropy = PLAIN,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """`soft_share` x soft labels + `hard_share` x cross-entropy, and both of them.
 
@@ -40,6 +47,7 @@ def linear_soft_labels(
         soft: the divergence.
         shares: of each teacher in the mean of their probabilities.
         chunk: how many logits of a model are held at a time, if that is at least a row.
+        form: of the cross-entropy.
 
     Returns:
         Three float32 scalars: the total, and the weighted sums of the soft labels' losses and of
@@ -48,8 +56,7 @@ def linear_soft_labels(
     vocab, width = student.table.shape
     rows = tf.reshape(student.rows, [-1, width])
     count = rows.shape[0] or tf.shape(rows)[0]
-    chunks = -(-count // max(1, chunk // vocab))
-    size = -(-count // chunks)
+    chunks, size = pieces_of(count, max(1, chunk // vocab))
 
     def split(x: tf.Tensor) -> tf.Tensor:
         """`(batch, time, ...)` -> `(chunks, size, ...)`, zeros at the end."""
@@ -82,8 +89,9 @@ def linear_soft_labels(
             logits = _logits(pieces[i], table)
             losses, slope = loss_and_gradient(soft, target(i), logits)
             probabilities = tf.nn.softmax(logits)
-            hard = cross_entropy_of(logits, probabilities, labels[i])
-            slope = _sum(slope, probabilities, labels[i], weights[i], soft_share, hard_share)
+            hard, log_z = cross_entropy_of(logits, probabilities, labels[i], form)
+            of_token = probabilities, log_z, labels[i], weights[i]
+            slope = _sum(slope, *of_token, soft_share, hard_share, form)
             slope = tf.cast(slope, table.dtype)
             wide = tf.matmul(pieces[i], slope, transpose_a=True)  # (width, vocab): see TokenLogits
             return (
@@ -132,11 +140,13 @@ def _logits(rows: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
 def _sum(
     soft: tf.Tensor,
     probabilities: tf.Tensor,
+    log_z: tf.Tensor,
     labels: tf.Tensor,
     weights: tf.Tensor,
     soft_share: float,
     hard_share: float,
+    form: CrossEntropy,
 ) -> tf.Tensor:
     """Both gradients to the logits as one."""
-    hard = cross_entropy_gradient(probabilities, labels, hard_share * weights)
+    hard = cross_entropy_gradient(probabilities, log_z, labels, hard_share * weights, form)
     return (soft_share * weights)[:, None] * soft + hard

@@ -20,6 +20,7 @@ from tf_gptopt._errors import UserError, suggest
 from tf_gptopt._keras import keras
 from tf_gptopt.models.gpt import GPTModel, is_wrapped, require_gpt, wrap_graph
 from tf_gptopt.models.recompute import cut, recomputed
+from tf_gptopt.models.token_means import count, weigh
 from tf_gptopt.training.memory import split_blocks
 from tf_gptopt.training.parallel.mesh import Mesh
 from tf_gptopt.training.parallel.stages import PipelineStep
@@ -96,7 +97,7 @@ class PipelinedGPT(GPTModel):
     generates and gives checkpoints as any other. `unpipeline` it to transform or save it whole.
 
     In `fit` the loss of each microbatch is computed on the last device, so the logits of a batch
-    are never whole. A loss with an `ignore_label`, as `NextTokenLoss`, is averaged over the labels
+    are never whole. A loss that counts its labels, as `NextTokenLoss`, is averaged over the labels
     of the batch, any other one over its sequences.
     """
 
@@ -126,14 +127,16 @@ class PipelinedGPT(GPTModel):
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         loss, gradients = self.loss_and_gradients(x, y, sample_weight)
+        counted = count(self.loss, y)
+        weigh(self.optimizer, counted)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
-        self.placement.loss.update_state(loss)
+        self.placement.loss.update_state(loss, counted)
         return {metric.name: metric.result() for metric in self.metrics}
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         logits = self(x, training=False)
-        self.placement.loss.update_state(self.loss(y, logits, sample_weight))
+        self.placement.loss.update_state(self.loss(y, logits, sample_weight), count(self.loss, y))
         self.compiled_metrics.update_state(y, logits, sample_weight)
         return {metric.name: metric.result() for metric in self.metrics}
 
@@ -168,7 +171,7 @@ class Placement:
             whole one. `front` maps token ids to the residual stream `(batch, time, width)`, each
             block maps it on, and `back` maps it to logits.
         microbatches: parts of a batch.
-        loss: mean over batches, for reports; here because a metric of the model is among its
+        loss: mean over labels, for reports; here because a metric of the model is among its
             weights.
     """
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
+from tf_gptopt.models.token_means import averages_tokens, count
 
 if TYPE_CHECKING:
     from tf_gptopt.training.parallel.pipeline import PipelinedGPT
@@ -157,14 +158,9 @@ def split_batch(x: Any, count: int) -> list[tf.Tensor]:
 
 def _shares(loss: keras.losses.Loss, labels: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     """How much each microbatch's loss counts in the batch's."""
-    ones = [tf.ones([]) for _ in labels]
-    if loss.reduction == keras.losses.Reduction.SUM:
-        return ones
-    ignored = getattr(loss, "ignore_label", None)
-    if ignored is None:
-        sizes = [tf.cast(tf.shape(part)[0], tf.float32) for part in labels]
-    else:
-        sizes = [tf.reduce_sum(tf.cast(part != ignored, tf.float32)) for part in labels]
+    if loss.reduction == keras.losses.Reduction.SUM and not averages_tokens(loss):
+        return [tf.ones([]) for _ in labels]
+    sizes = [count(loss, part) for part in labels]
     total = tf.add_n(sizes)
     return [tf.math.divide_no_nan(size, total) for size in sizes]
 

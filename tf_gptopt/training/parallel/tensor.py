@@ -51,7 +51,10 @@ from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
 from tf_gptopt.models.checkpoints import assign_weights, named_weights
 from tf_gptopt.models.config import GPTConfig
+from tf_gptopt.models.fused import PLAIN
 from tf_gptopt.models.gpt import GPTModel, require_gpt
+from tf_gptopt.models.graph_errors import ReadableErrors
+from tf_gptopt.models.token_means import average_over_tokens, check_labels
 from tf_gptopt.training.loss import NextTokenLoss
 from tf_gptopt.training.parallel.collectives import (
     all_reduce,
@@ -108,12 +111,13 @@ def unshard(sharded: ShardedGPT) -> GPTModel:
     return model
 
 
-class ShardedGPT(keras.Model):
+class ShardedGPT(ReadableErrors, keras.Model):
     """A GPT over a mesh; made by `shard`.
 
     An ordinary `keras.Model`: `compile`, `fit`, `evaluate`, callbacks and `tf.train.Checkpoint`
     work. `call` gives logits `(batch, time, vocab_size)` float32 for `(batch, time)` int32,
-    gathered on the first device. Under `NextTokenLoss` without metrics they are never gathered.
+    gathered on the first device. Under `NextTokenLoss` without metrics, label smoothing and z-loss
+    they are never gathered.
 
     Attributes:
         config: the shape.
@@ -154,12 +158,14 @@ class ShardedGPT(keras.Model):
     def compile(self, optimizer: Any = "rmsprop", loss: Any = None, **kwargs: Any) -> None:
         """`keras.Model.compile`."""
         metrics = kwargs.get("metrics") or kwargs.get("weighted_metrics")
-        self._keeps_logits_apart = isinstance(loss, NextTokenLoss) and not metrics
+        plain = isinstance(loss, NextTokenLoss) and loss.form == PLAIN
+        self._keeps_logits_apart = plain and not metrics
         if self._keeps_logits_apart:
             super().compile(optimizer, _TokenLosses.from_config(loss.get_config()), **kwargs)
             self.loss = loss
         else:
             super().compile(optimizer, loss, **kwargs)
+        average_over_tokens(self)
 
     @as_written
     def call(self, token_ids: tf.Tensor, training: bool | None = None) -> tf.Tensor:
@@ -202,7 +208,8 @@ class ShardedGPT(keras.Model):
     def token_losses(
         self, token_ids: tf.Tensor, labels: tf.Tensor, training: bool = False
     ) -> tf.Tensor:
-        """Cross-entropy of each token, `(batch, time)` float32; NaN where the label is none."""
+        """Cross-entropy of each token, `(batch, time)` float32; NaN where the label is negative."""
+        check_labels(labels, self.config.vocab_size)
         losses = []
         logits = self.sharded_logits(token_ids, training)
         for devices, row, own in zip(self._grid, logits, self._rows(labels), strict=True):
@@ -278,4 +285,4 @@ class _TokenLosses(NextTokenLoss):
     """`NextTokenLoss` of a model that knows the loss of each token already."""
 
     def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
-        return tf.where(y_true == self.ignore_label, 0.0, y_pred)
+        return tf.where(self.labelled(y_true), y_pred, 0.0)
