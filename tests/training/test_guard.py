@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
-from tf_gptopt.models.layers import make_dropout
+from tf_gptopt.models.layers import Dropout
 from tf_gptopt.training.config import TrainConfig
 from tf_gptopt.training.guard import NonFiniteGuard, Skips
 from tf_gptopt.training.loss import NextTokenLoss
@@ -42,7 +42,7 @@ def build(seed=0, dropout=0.1):
     keras.utils.set_random_seed(seed)
     layers = keras.layers
     ids = keras.Input((None,), dtype="int32")
-    x = make_dropout(dropout, name="dropout")(layers.Embedding(BAD + 1, 16)(ids))
+    x = Dropout(dropout, name="dropout")(layers.Embedding(BAD + 1, 16)(ids))
     logits = layers.Dense(29, dtype="float32")(x)
     return keras.Model(ids, logits + tf.where(ids == BAD, math.nan, 0.0)[:, :, None])
 

@@ -14,15 +14,16 @@ from tf_gptopt.models.config import GPTConfig, PerBlock, preset
 from tf_gptopt.models.graph_errors import ReadableErrors
 from tf_gptopt.models.layers import (
     CausalSelfAttention,
+    Dropout,
     Gelu,
     LayerNorm,
     LogitsDense,
     PositionEmbedding,
     TokenEmbedding,
     TokenLogits,
-    make_dropout,
     register,
 )
+from tf_gptopt.models.policies import policy_scope
 from tf_gptopt.models.recompute import recomputing
 from tf_gptopt.models.token_means import average_over_tokens
 
@@ -51,8 +52,9 @@ class GPTModel(ReadableErrors, keras.Model):
             `save_model` writes them.
         recompute: see there.
 
-    Args: as `GPTConfig`, field by field; `graph` is `(inputs, outputs)` of an existing Functional
-        model of this shape (transforms that wrap layers use it).
+    Args: as `GPTConfig`, field by field; `dtype` is the layers' dtype policy, for example
+        "mixed_bfloat16", the global one where None; `graph` is `(inputs, outputs)` of an existing
+        Functional model of this shape (transforms that wrap layers use it).
 
     Raises:
         UserError: when the numbers cannot make a model.
@@ -74,6 +76,7 @@ class GPTModel(ReadableErrors, keras.Model):
         dropout: float = 0.0,
         layer_norm_epsilon: float = 1e-5,
         tie_embeddings: bool = True,
+        dtype: Any = None,
         graph: tuple[Any, Any] | None = None,
         name: str = "gpt",
     ) -> None:
@@ -89,7 +92,8 @@ class GPTModel(ReadableErrors, keras.Model):
             layer_norm_epsilon=layer_norm_epsilon,
             tie_embeddings=tie_embeddings,
         )
-        inputs, outputs = graph or build_graph(config)
+        with policy_scope(dtype):
+            inputs, outputs = graph or build_graph(config)
         super().__init__(inputs, outputs, name=name)
         inner = self.base_layer("block_0_qkv")
         # its layers' policy, whatever is global now: `compile` scales the loss under mixed_float16
@@ -194,7 +198,7 @@ class GPTModel(ReadableErrors, keras.Model):
     def get_config(self) -> dict[str, Any]:
         shape = self.config.to_dict()
         if self._has_own_graph:
-            return {**shape, "name": self.name}
+            return {**shape, "dtype": self.dtype_policy.name, "name": self.name}
         # Keras describes the layers of plain Functional models only, not of subclasses of it
         graph = keras.Model(self.inputs, self.outputs, name=self.name)
         return {"gpt": shape, **graph.get_config()}
@@ -231,7 +235,7 @@ def build_graph(config: GPTConfig) -> tuple[Any, Any]:
         return LayerNorm(epsilon=config.layer_norm_epsilon, name=name)
 
     def drop(x: Any, name: str) -> Any:
-        return make_dropout(config.dropout, name=name)(x) if config.dropout else x
+        return Dropout(config.dropout, name=name)(x) if config.dropout else x
 
     token_ids = keras.Input((None,), dtype="int32", name="token_ids")
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 from tf_gptopt._errors import UserError
 
 _ASSERTION = re.compile(r"(A label is no token: .*? Received a label:)\W*?(\d+)", re.DOTALL)
+_LENGTH = re.compile(r"\[(The input is)\] \[(\d+)\] \[(tokens long .*?max_sequence_length\.)\]")
 _LOOKUP = re.compile(r"indices\[[\d,]*\] = (-?\d+) is not in \[0, (\d+)\)")
 
 
@@ -54,9 +55,9 @@ def _readable(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def explain(message: str) -> str | None:
     """What people need to know of an error of the graph, if it is about an id."""
-    found = _ASSERTION.search(message)
+    found = _ASSERTION.search(message) or _LENGTH.search(message)
     if found:
-        return " ".join(found.groups())
+        return " ".join(found.groups()).replace("\\'", "'")  # as TensorFlow prints a string
     found = _LOOKUP.search(message)
     if found:
         return (

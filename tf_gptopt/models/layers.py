@@ -80,13 +80,18 @@ class PositionEmbedding(keras.layers.Layer):
         table = tf.convert_to_tensor(self.embeddings)
         if positions is not None:
             return x + tf.gather(table, positions)
-        if x.shape[1] is not None and x.shape[1] > self.max_length:
-            raise UserError(
-                f"The input is {x.shape[1]} tokens long and the model's context is "
-                f"{self.max_length}. Cut the input or build the model with a larger "
-                "max_sequence_length."
-            )
-        return x + table[: tf.shape(x)[1]]
+        time = tf.shape(x)[1]
+        advice = (
+            f"tokens long and the model's context is {self.max_length}. Cut the input or build "
+            "the model with a larger max_sequence_length."
+        )
+        if x.shape[1] is None:
+            fits = tf.debugging.Assert(time <= self.max_length, ["The input is", time, advice])
+            with tf.control_dependencies([] if tf.executing_eagerly() else [fits]):
+                time = tf.identity(time)
+        elif x.shape[1] > self.max_length:
+            raise UserError(f"The input is {x.shape[1]} {advice}")
+        return x + table[:time]
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "max_length": self.max_length}
@@ -113,7 +118,7 @@ class CausalSelfAttention(keras.layers.Layer):
         self.dropout = dropout
         # in this layer's own dtype, whatever policy is global when it is cloned or loaded
         own = {"name": "weights_dropout", "dtype": self.dtype_policy}
-        self.weights_dropout = make_dropout(dropout, **own) if dropout else None
+        self.weights_dropout = Dropout(dropout, **own) if dropout else None
 
     def split_heads(self, qkv: tf.Tensor) -> list[tf.Tensor]:
         """q, k and v, each `(batch, num_heads, time, head_dim)`."""
@@ -222,7 +227,14 @@ def mask_value(dtype: tf.DType) -> float:
     return -3e4 if dtype == tf.float16 else -1e9
 
 
-def make_dropout(rate: float, **kwargs: Any) -> keras.layers.Dropout:
-    """A Dropout whose random state is a variable: a checkpoint holds it, so a resumed run draws
-    the masks that an undisturbed one would have drawn."""
-    return keras.layers.Dropout(rate, rng_type="stateful", **kwargs)
+@register
+class Dropout(keras.layers.Dropout):
+    """A Dropout whose random state is a variable that checkpoints hold, so that a resumed run draws
+    the masks that an undisturbed one would have drawn. Keras's keeps it out of them."""
+
+    def __init__(self, rate: float, **kwargs: Any) -> None:
+        super().__init__(rate, **{**kwargs, "rng_type": "stateful"})
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
+        self.random_state = self._random_generator._generator

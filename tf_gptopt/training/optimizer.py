@@ -87,6 +87,9 @@ def adamw(
     model.compile(adamw(steps=500, accumulate=4), loss=NextTokenLoss())   # 2000 steps of `fit`
     ```
 
+    Keras's `LearningRateScheduler` and `ReduceLROnPlateau` set the rate of an optimizer without a
+    schedule: `schedule="constant", warmup_steps=0`.
+
     Args: as `TrainConfig`; `epsilon` is added to the root of the mean squared gradient. The last
         three are of `AccumulatingOptimizer`: `accumulate` steps of `fit` are one update.
 
@@ -122,8 +125,10 @@ def _make(
     max_accumulate: int | None,
     measure_noise: bool,
 ) -> AdamW:
+    # one rate for all updates is a number, which Keras's callbacks can set
+    is_number = config.schedule == "constant" and config.warmup == 0
     return AdamW(
-        schedule_for(config),
+        config.learning_rate if is_number else schedule_for(config),
         weight_decay=config.weight_decay,
         beta_1=config.beta_1,
         beta_2=config.beta_2,

@@ -18,8 +18,6 @@ quarter longer if so. Static activations and an int8 cache are imitated.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -65,6 +63,7 @@ from tf_gptopt.models.layers import (
     TokenEmbedding,
     TokenLogits,
 )
+from tf_gptopt.models.policies import policy_scope
 
 
 def quantize_aware(
@@ -146,7 +145,7 @@ def quantize_aware(
         return QuantizedLayer(copy, layer.quantize_config, name=layer.name)
 
     with scope_of(model):
-        with _float32_policy():  # tfmot's own wrappers fail under mixed precision
+        with policy_scope("float32"):  # tfmot's own wrappers fail under mixed precision
             annotated = keras.models.clone_model(model, clone_function=annotate)
             wrapped = quantization.quantize_apply(annotated, scheme=WhatIsAnnotated())
         aware = rebuild(wrapped, model, settle)
@@ -240,16 +239,6 @@ def _names_to_quantize(weights: dict[str, np.ndarray], config: QuantConfig) -> s
         f"Expected: 'int8' or 'int4'. Export the model with QuantConfig({config.weights!r}) as it "
         "is."
     )
-
-
-@contextlib.contextmanager
-def _float32_policy() -> Iterator[None]:
-    before = keras.mixed_precision.global_policy()
-    keras.mixed_precision.set_global_policy("float32")
-    try:
-        yield
-    finally:
-        keras.mixed_precision.set_global_policy(before)
 
 
 def _unwrap(layer: keras.layers.Layer) -> keras.layers.Layer:

@@ -6,15 +6,13 @@ weight is a matrix between two kinds of them, so taking units out is taking rows
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tf_gptopt._keras import keras
 from tf_gptopt.models.checkpoints import assign_weights, named_weights
 from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.models.gpt import GPTModel
@@ -67,8 +65,8 @@ def extract(model: GPTModel, kept: Units) -> GPTModel:
     Returns a plain `GPTModel` with `model`'s dtype policy, tokenizer and sampler, made in the
     current strategy scope and not compiled.
     """
-    with _dtype_policy(model.base_layer("block_0_qkv").dtype_policy):
-        small = GPTModel.from_gpt_config(shape_of(model.config, kept), name=model.name)
+    policy = model.base_layer("block_0_qkv").dtype_policy
+    small = GPTModel.from_gpt_config(shape_of(model.config, kept), dtype=policy, name=model.name)
     small.tokenizer, small.sampler = model.tokenizer, model.sampler
     assign_weights(small, slice_weights(named_weights(model), model.config, kept))
     return small
@@ -120,13 +118,3 @@ def _take(
 
 def _head_columns(heads: np.ndarray, head_dim: int) -> np.ndarray:
     return (np.asarray(heads)[:, None] * head_dim + np.arange(head_dim)).reshape(-1)
-
-
-@contextlib.contextmanager
-def _dtype_policy(policy: keras.mixed_precision.Policy) -> Iterator[None]:
-    before = keras.mixed_precision.global_policy()
-    keras.mixed_precision.set_global_policy(policy)
-    try:
-        yield
-    finally:
-        keras.mixed_precision.set_global_policy(before)

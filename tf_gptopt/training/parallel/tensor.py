@@ -100,12 +100,7 @@ def shard(model: GPTModel, mesh: Mesh | str) -> ShardedGPT:
 
 def unshard(sharded: ShardedGPT) -> GPTModel:
     """A plain `GPTModel` with the weights of `sharded`."""
-    before = keras.mixed_precision.global_policy()
-    keras.mixed_precision.set_global_policy(sharded.dtype_policy)
-    try:
-        model = GPTModel.from_gpt_config(sharded.config, name=sharded.name)
-    finally:
-        keras.mixed_precision.set_global_policy(before)
+    model = GPTModel.from_gpt_config(sharded.config, dtype=sharded.dtype_policy, name=sharded.name)
     assign_weights(model, sharded.named_weights())
     model.tokenizer = sharded.tokenizer
     return model
