@@ -9,6 +9,9 @@ Dense layer, what goes into it. Two ways through the model, each in bounded memo
   `examples x time x width` numbers in the model's compute dtype (128 x 1024 x 768 float32: 403 MB).
 
 On top of that comes one block's inside for one batch, which is 2,048 tokens at a time by default.
+
+Examples of one length are often padded. A negative id stands for what is no text: the model reads
+some token there, and nobody looks at it.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ Observe = Callable[[str, tf.Tensor], None]  # name of a Dense layer, its input (
 Progress = Callable[[int, int, str], None]  # done, total, what
 
 EXAMPLES = 128
+PADDING = -1  # the id of what is no text
 _BATCH_TOKENS = 2048  # enough for matrix products at full speed
 
 
@@ -50,19 +54,37 @@ def calibration_ids(
     that the model is for.
 
     Args:
-        source: token ids `(examples, time)` as an array, a tensor or lists; a `tf.data.Dataset` of
-            such batches, or of `(inputs, labels)`; or a `TokenDataset`, of whose "train" split
-            random windows are taken, the same ones every time.
+        source: token ids `(examples, time)` as an array, a tensor or lists, in which a negative id
+            is padding; a pair `(inputs, labels)` of such arrays; a `tf.data.Dataset` of batches of
+            either; or a `TokenDataset`, of whose "train" split random windows are taken, the same
+            ones every time. Beside labels, inputs behind the last one that counts (not negative)
+            are padding.
         examples: how many at most; the first ones of an array or a Dataset. None takes an array
             whole, and 128 of what may never end.
         length: tokens of each example, which is cut there; all there are where None.
 
     Returns:
-        `(examples, time)` int32.
+        `(examples, time)` int32, -1 where there is no text.
 
     Raises:
         UserError: when `source` is none of these, is empty, or has shorter examples.
     """
+    return _text_of(*labelled_ids(source, examples, length))
+
+
+def next_token_pairs(source: Any, examples: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels `(examples, time)` int32 of what `calibration_ids` takes: those of a pair
+    as they are, else each token and the one that follows it. Negative labels do not count."""
+    inputs, labels = labelled_ids(source, examples)
+    if labels is None:
+        inputs, labels = inputs[:, :-1], inputs[:, 1:]
+    return np.where(inputs < 0, 0, inputs), labels
+
+
+def labelled_ids(
+    source: Any, examples: int | None = None, length: int | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Token ids as `calibration_ids` reads them, and the labels beside them, if there are any."""
     for name, value in (("examples", examples), ("length", length)):
         if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
             raise UserError(f"{name} must be a positive integer. Received: {name}={value!r}.")
@@ -72,9 +94,20 @@ def calibration_ids(
     streamed = isinstance(source, tf.data.Dataset)
     batches, most = (source, examples or EXAMPLES) if streamed else ([source], examples)
     rows: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
     for batch in batches:
-        inputs = batch[0] if streamed and _is_pair(batch) else batch
+        inputs, labels = batch, None
+        if _is_pair(batch, streamed):
+            inputs, labels = batch[0], batch[1] if len(batch) > 1 else None
         ids = _token_matrix(inputs)
+        if labels is not None:
+            labels = _token_matrix(labels)
+            if labels.shape != ids.shape:
+                raise UserError(
+                    "Inputs and labels must have one shape, (examples, time). Received: "
+                    f"{ids.shape} and {labels.shape}."
+                )
+            targets.append(labels[:, :length])
         if length is not None and ids.shape[1] < length:
             raise UserError(
                 f"Calibration needs examples of {length} tokens. Received: examples of "
@@ -94,20 +127,42 @@ def calibration_ids(
             "There is no calibration text: the source holds no token. Expected: token ids "
             "(examples, time), 128 examples as a rule."
         )
-    return np.concatenate(rows)[:most]
+    return np.concatenate(rows)[:most], np.concatenate(targets)[:most] if targets else None
+
+
+def _text_of(inputs: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """`inputs` with -1 for what is no text."""
+    ids = np.where(inputs < 0, PADDING, inputs)
+    if labels is not None:
+        time = np.arange(labels.shape[1])
+        end = np.max(np.where(labels >= 0, time + 1, 0), 1)  # behind the last label
+        last = np.clip(end - 1, 0, None)[:, None]
+        named = np.take_along_axis(labels, last, 1) == np.take_along_axis(
+            inputs, np.minimum(last + 1, len(time) - 1), 1
+        )  # what the last label names is text as well
+        ids = np.where(time < end[:, None] + (named[:, 0] & (end > 0))[:, None], ids, PADDING)
+    ids = ids[(ids >= 0).any(1)]
+    if not ids.size:
+        raise UserError("There is no calibration text: all labels or ids are negative.")
+    return ids
 
 
 def check_ids(model: GPTModel, token_ids: Any) -> np.ndarray:
-    """`token_ids` as int32 `(examples, time)` that `model` can read; a `UserError` otherwise."""
+    """`token_ids` as int32 `(examples, time)` that `model` can read, negative where there is no
+    text; a `UserError` otherwise."""
     config = require_gpt(model).config
     ids = _token_matrix(token_ids)
     if not ids.size:
         raise UserError(f"There is no calibration text. Received: token ids of shape {ids.shape}.")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= config.vocab_size:
+    if ids.max() >= config.vocab_size:
         raise UserError(
             f"The model knows the token ids 0 to {config.vocab_size - 1}. Received: ids "
-            f"from {low} to {high}. Encode the text with the model's own tokenizer."
+            f"up to {ids.max()}. Encode the text with the model's own tokenizer."
+        )
+    if not (ids >= 0).any(1).all():
+        raise UserError(
+            "An example has no token: all of its ids are negative, which marks padding. Leave it "
+            "out."
         )
     if ids.shape[1] > config.max_sequence_length:
         raise UserError(
@@ -118,8 +173,18 @@ def check_ids(model: GPTModel, token_ids: Any) -> np.ndarray:
     return ids
 
 
-def _is_pair(batch: Any) -> bool:
-    return isinstance(batch, (tuple, list)) and bool(batch)
+def readable(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Ids without negative ones, and which rows of `(examples x time, ...)` are text, bool; None
+    where all are."""
+    text = ids >= 0
+    return np.where(text, ids, 0), None if text.all() else text.reshape(-1)
+
+
+def _is_pair(batch: Any, streamed: bool) -> bool:
+    """Whether it is `(inputs, labels, ...)`, and not lists of ids."""
+    if streamed:
+        return isinstance(batch, (tuple, list)) and bool(batch)
+    return isinstance(batch, tuple) and len(batch) == 2 and getattr(batch[0], "ndim", 0) == 2
 
 
 def _token_matrix(value: Any) -> np.ndarray:
@@ -149,17 +214,18 @@ class Block:
         layers: names of its Dense layers, without wrappers, in the order in which they run.
     """
 
-    def __init__(self, model: GPTModel, index: int, batches: Callable[[], Iterator[tf.Tensor]]):
+    def __init__(self, model: GPTModel, index: int, batches: Callable[[], Iterator[tuple]]):
         self.index = index
         self.layers = dense_names(model, index)
         self._model = model
-        self._batches: Callable[[], Iterator[tf.Tensor]] | None = batches
+        self._batches: Callable[[], Iterator[tuple]] | None = batches
 
     def inputs(self, observe: Observe, layers: Collection[str] | None = None) -> None:
         """Run all calibration tokens into the block, with the weights that it has now.
 
         Calls `observe(name, x)` for every Dense layer (or those named in `layers`) and every batch,
-        where x is the layer's input as `(rows, in)` float32 under every dtype policy.
+        where x is the layer's input as `(rows, in)` float32 under every dtype policy, padding left
+        out.
         """
         if self._batches is None:
             raise RuntimeError(f"The walk has left block {self.index}: observe it in its turn.")
@@ -167,9 +233,9 @@ class Block:
         if not names:
             return
         part = block_part(self._model, self.index, names)
-        for x in self._batches():
+        for x, text in self._batches():
             for name, rows in zip(names, part(x), strict=True):
-                observe(name, rows)
+                observe(name, _only(rows, text))
 
     def leave(self) -> None:
         """Called when the walk goes on."""
@@ -203,7 +269,7 @@ def walk_blocks(
     Raises:
         UserError: when `model` is no GPTModel, or the tokens are not for it.
     """
-    ids = check_ids(model, token_ids)
+    ids, text = readable(check_ids(model, token_ids))
     size = _batch_size(batch_size, ids)
     blocks = model.config.num_layers
     starts = range(0, len(ids), size)
@@ -215,9 +281,9 @@ def walk_blocks(
 
     states = np.empty((*ids.shape, model.config.embedding_dim), stream_dtype(model))
 
-    def batches(index: int) -> Iterator[tf.Tensor]:
+    def batches(index: int) -> Iterator[tuple]:
         for batch, start in enumerate(starts):
-            yield tf.constant(states[start : start + size])
+            yield tf.constant(states[start : start + size]), _of_batch(text, start, size, ids)
             report(index, 0, batch, "observed")
 
     front = front_part(model)
@@ -254,13 +320,13 @@ def stream_inputs(
         model, token_ids, batch_size: as in `walk_blocks`.
         layers: names of Dense layers, without wrappers (`token_logits` may be among them), and of
             LayerNorms, whose input is the residual stream.
-        observe: x is `(rows, in)` float32.
+        observe: x is `(rows, in)` float32, padding left out.
         on_progress: called as `on_progress(done, total, what)` with block runs done and to do.
 
     Raises:
         UserError: as `walk_blocks`, and for a name that is no such layer's.
     """
-    ids = check_ids(model, token_ids)
+    ids, text = readable(check_ids(model, token_ids))
     size = _batch_size(batch_size, ids)
     blocks = model.config.num_layers
     norms = [norm_names(model, index) for index in range(blocks + 1)]
@@ -278,7 +344,7 @@ def stream_inputs(
         for index, part in enumerate(parts):
             *inputs, x = part(x) if index < last else [*part(x), None]
             for name, rows in zip(chosen[index], inputs, strict=True):
-                observe(name, rows)
+                observe(name, _only(rows, _of_batch(text, start, size, ids)))
             done += 1
             if on_progress:
                 on_progress(done, len(starts) * len(parts), f"block {index}")
@@ -290,6 +356,15 @@ def check_layers(model: GPTModel, layers: Collection[str]) -> None:
     for name in layers:
         if name not in known:
             raise UserError(f"{name!r} is no Dense layer of the model.{suggest(name, known)}")
+
+
+def _of_batch(text: np.ndarray | None, start: int, size: int, ids: np.ndarray) -> np.ndarray | None:
+    """Which rows of a batch of examples are text."""
+    return None if text is None else text.reshape(ids.shape)[start : start + size].reshape(-1)
+
+
+def _only(rows: tf.Tensor, text: np.ndarray | None) -> tf.Tensor:
+    return rows if text is None else tf.boolean_mask(rows, text)
 
 
 def _batch_size(batch_size: int | None, ids: np.ndarray) -> int:

@@ -54,8 +54,8 @@ class AdaptivePruning(keras.callbacks.Callback):
 
     Args:
         pruned: made by `prune` with `schedule="adaptive"`.
-        validation: token ids or batches; a `TokenDataset` gives its "valid" split. At most 128
-            examples are read, once.
+        validation: a pair `(inputs, labels)`, token ids, or batches of either, read once; a
+            `TokenDataset` gives its "valid" split. See `ValidationLoss`.
     """
 
     def __init__(self, pruned: GPTModel, validation: Any) -> None:

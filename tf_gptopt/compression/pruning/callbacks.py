@@ -27,8 +27,8 @@ def pruning_callbacks(model: GPTModel, validation: Any = None) -> list[keras.cal
 
     Args:
         model: made by `prune`; in a `Distiller`, its student.
-        validation: for the adaptive schedule, what its loss is measured on: what `calibration_ids`
-            takes (a `TokenDataset` gives its "valid" split), or `(inputs, labels)`.
+        validation: for the adaptive schedule, what its loss is measured on: a pair `(inputs,
+            labels)`, token ids, or batches of either (a `TokenDataset` gives its "valid" split).
 
     Raises:
         UserError: when nothing in `model` is wrapped for pruning, or `validation` is missing.

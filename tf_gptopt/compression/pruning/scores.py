@@ -117,7 +117,7 @@ class Measurement:
         for variable in variables:
             variable.assign(tf.zeros(variable.shape))
         replicas = strategy.num_replicas_in_sync
-        batches = list(batches_of(self.ids, replicas))
+        batches = list(batches_of(self.ids, replicas=replicas))
         for done, batch in enumerate(batches, start=1):
             spread = (
                 strategy.experimental_distribute_values_from_function(
@@ -128,7 +128,7 @@ class Measurement:
             self._step(*spread)
             if on_progress:
                 on_progress(done, len(batches), "gradients")
-        tokens = self.ids[:, 1:].size
+        tokens = np.sum(self.ids[:, 1:] >= 0)
         for layer, variable in zip(self.layers, variables, strict=True):
             mean = variable.numpy() / tokens
             if not np.isfinite(mean).all():
@@ -143,21 +143,34 @@ class Measurement:
 def next_token_loss(
     model: GPTModel, ids: tf.Tensor, weights: tf.Tensor, for_gradient: bool = False
 ) -> tf.Tensor:
-    """Summed cross-entropy of each token given those before it, without dropout.
+    """`label_loss` of each token given those before it; ids `(batch, time)` int32, negative where
+    there is no text."""
+    return label_loss(model, tf.maximum(ids[:, :-1], 0), ids[:, 1:], weights, for_gradient)
+
+
+def label_loss(
+    model: GPTModel,
+    inputs: tf.Tensor,
+    labels: tf.Tensor,
+    weights: tf.Tensor,
+    for_gradient: bool = False,
+) -> tf.Tensor:
+    """Summed cross-entropy of the labels, without dropout.
 
     Call it in a graph, where the logits are never held whole.
 
     Args:
-        ids: `(batch, time)` int32.
+        inputs: `(batch, time)` int32.
+        labels: the same shape; negative ones do not count.
         weights: `(batch, 1)` float32; an example of weight 0 does not count.
 
     Returns a float32 scalar. It is a sum because 16-bit gradients of a mean would vanish.
     """
     # attention in blocks belongs to training, which differs by nothing else without dropout
     training = for_gradient and not model.config.dropout
-    logits = model(ids[:, :-1], training=training)
-    labels = ids[:, 1:]
-    weights = tf.broadcast_to(weights, tf.shape(labels))
+    logits = model(inputs, training=training)
+    weights *= tf.cast(labels >= 0, tf.float32)
+    labels = tf.maximum(labels, 0)
     head = getattr(logits, "head", None)
     if head is not None:
         return linear_cross_entropy(head._replace(training=for_gradient), labels, weights)
@@ -165,16 +178,18 @@ def next_token_loss(
     return tf.reduce_sum(cross_entropy(flat, tf.reshape(labels, [-1])) * tf.reshape(weights, [-1]))
 
 
-def batches_of(ids: np.ndarray, replicas: int = 1) -> Any:
-    """`(ids, weights)` for every step: `(replicas, batch, time)` and `(replicas, batch, 1)`.
+def batches_of(*arrays: np.ndarray, replicas: int = 1) -> Any:
+    """Of arrays `(examples, time)`, for every step `(replicas, batch, time)` each, and weights
+    `(replicas, batch, 1)` float32.
 
     Batches hold some 2,048 tokens; the last ones are filled up with examples of weight 0.
     """
-    size = max(1, min(len(ids), _BATCH_TOKENS // ids.shape[1]))
+    examples, time = arrays[0].shape
+    size = max(1, min(examples, _BATCH_TOKENS // time))
     step = size * replicas
-    rest = -len(ids) % step
-    weights = np.ones((len(ids), 1), np.float32)
-    ids, weights = (np.pad(x, [(0, rest), (0, 0)]) for x in (ids, weights))
-    for start in range(0, len(ids), step):
+    rest = -examples % step
+    weights = np.ones((examples, 1), np.float32)
+    padded = [np.pad(x, [(0, rest), (0, 0)]) for x in (*arrays, weights)]
+    for start in range(0, examples, step):
         rows = slice(start, start + step)
-        yield tuple(x[rows].reshape(replicas, size, -1) for x in (ids, weights))
+        yield tuple(x[rows].reshape(replicas, size, -1) for x in padded)

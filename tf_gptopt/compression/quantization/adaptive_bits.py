@@ -57,8 +57,8 @@ class AdaptiveBits(keras.callbacks.Callback):
 
     Args:
         aware: made by `quantize_aware`; the student of a `Distiller` that trains.
-        validation: token ids or batches; a `TokenDataset` gives its "valid" split. At most 128
-            examples are read, once.
+        validation: a pair `(inputs, labels)`, token ids, or batches of either, read once; a
+            `TokenDataset` gives its "valid" split. See `ValidationLoss`.
         tolerance: how much the loss may rise above that at 8 bits before the first change, as a
             fraction of it.
         frequency: steps between a change and its judgement.

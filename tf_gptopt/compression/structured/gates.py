@@ -73,14 +73,19 @@ class GatedGPT:
         self._loss_gradient = tf.function(self._run_loss_gradient)
 
     def embed(self, token_ids: np.ndarray) -> tf.Tensor:
-        """`(batch, time)` int32 -> the residual stream `(batch, time, width)`."""
+        """`(batch, time)` int32 -> the residual stream `(batch, time, width)`. A negative id is
+        padding, here and below: some token is read there, and counts in no magnitude or loss."""
         table = self._weights["token_embedding/embeddings"]
         positions = self._weights["position_embedding/embeddings"]
-        return tf.gather(table, token_ids) + positions[: token_ids.shape[1]]
+        return tf.gather(table, np.maximum(token_ids, 0)) + positions[: token_ids.shape[1]]
 
-    def block(self, i: int, x: tf.Tensor, gates: Units) -> tuple[tf.Tensor, Seen]:
-        """The residual stream behind block `i`."""
-        return self._block(x, self._block_weights(i), _of_block(gates, i))
+    def block(
+        self, i: int, x: tf.Tensor, gates: Units, token_ids: np.ndarray | None = None
+    ) -> tuple[tf.Tensor, Seen]:
+        """The residual stream behind block `i`, and magnitudes over the text of `token_ids`, or
+        all."""
+        share = _time_shares(np.zeros(x.shape[:2]) if token_ids is None else token_ids)
+        return self._block(x, self._block_weights(i), _of_block(gates, i), share)
 
     def block_gradient(
         self, i: int, x: tf.Tensor, gates: Units, upstream: tf.Tensor
@@ -110,7 +115,11 @@ class GatedGPT:
         }
 
     def _run_block(
-        self, x: tf.Tensor, weights: dict[str, tf.Tensor], gates: BlockGates
+        self,
+        x: tf.Tensor,
+        weights: dict[str, tf.Tensor],
+        gates: BlockGates,
+        share: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, Seen]:
         def dense(x: tf.Tensor, name: str) -> tf.Tensor:
             rows = tf.reshape(x, [-1, x.shape[-1]])  # one plain matmul, not a batched one
@@ -132,11 +141,13 @@ class GatedGPT:
         end = middle + dense(neurons, "out") * gates.layer[:, :, None]
 
         cosine = tf.reduce_sum(tf.nn.l2_normalize(x, -1) * tf.nn.l2_normalize(end, -1), -1)
+        if share is None:
+            share = tf.fill(tf.shape(cosine), 1.0 / x.shape[1])
         return end, Seen(
-            tf.reduce_mean(tf.norm(heads, axis=-1), 1),
-            tf.reduce_mean(tf.abs(neurons), 1),
-            (tf.reduce_mean(tf.abs(first), 1), tf.reduce_mean(tf.abs(second), 1)),
-            tf.reduce_mean(cosine, 1),
+            _over_time(tf.norm(heads, axis=-1), share),
+            _over_time(tf.abs(neurons), share),
+            (_over_time(tf.abs(first), share), _over_time(tf.abs(second), share)),
+            tf.reduce_sum(cosine * share, 1),
         )
 
     def _run_block_gradient(
@@ -156,10 +167,10 @@ class GatedGPT:
         table = (
             self._weights["token_embedding/embeddings"] if table is None else tf.transpose(table)
         )
-        labels = token_ids[:, 1:]
-        weights = tf.ones_like(labels, tf.float32)
-        loss = linear_cross_entropy(Head(hidden[:, :-1], table, training), labels, weights)
-        return loss, tf.reduce_mean(tf.abs(hidden), 1)
+        labels, text = token_ids[:, 1:], tf.cast(token_ids >= 0, tf.float32)
+        loss = linear_cross_entropy(Head(hidden[:, :-1], table, training), labels, text[:, 1:])
+        share = text / tf.reduce_sum(text, 1, keepdims=True)
+        return loss, _over_time(tf.abs(hidden), share)
 
     def _run_loss_gradient(
         self, x: tf.Tensor, token_ids: tf.Tensor, channels: tf.Tensor
@@ -183,6 +194,17 @@ class GatedGPT:
         variance = tf.reduce_sum(counted * centered**2, -1, keepdims=True) / count
         normal = centered * tf.math.rsqrt(variance + self.config.layer_norm_epsilon)
         return (normal * gamma + beta) * gates
+
+
+def _time_shares(token_ids: np.ndarray) -> tf.Tensor:
+    """What each token counts in its example's mean over time, `(batch, time)` float32."""
+    text = (token_ids >= 0).astype(np.float32)
+    return tf.constant(text / text.sum(1, keepdims=True))
+
+
+def _over_time(values: tf.Tensor, share: tf.Tensor) -> tf.Tensor:
+    """Weighted means of `(batch, time, units)`, `(batch, units)`."""
+    return tf.einsum("btu,bt->bu", values, share)
 
 
 def _of_block(gates: Units, i: int) -> BlockGates:

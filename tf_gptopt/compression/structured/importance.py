@@ -44,7 +44,8 @@ def importance(
 
     Args:
         gpt: the model.
-        token_ids: `(examples, time)` int32; labels are the tokens that follow.
+        token_ids: `(examples, time)` int32, negative where there is no text; labels are the tokens
+            that follow.
         kind: `"activation"` or `"taylor"`.
         on_progress: called with examples done, all examples and what is done.
         gates: `(1, units)` each, 0 for what is gone already; those units' scores mean nothing.
@@ -87,7 +88,7 @@ def _activation(gpt: GatedGPT, token_ids: np.ndarray, gates: Units) -> Units:
     x = gpt.embed(token_ids)
     layers, heads, neurons, norms = [], [], [], []
     for i in range(gpt.config.num_layers):
-        x, seen = gpt.block(i, x, gates)
+        x, seen = gpt.block(i, x, gates, token_ids)
         layers.append(np.sum(1.0 - np.asarray(seen.similarity, np.float64)))
         heads.append(_squares(seen.heads))
         neurons.append(_squares(seen.neurons))
@@ -115,8 +116,8 @@ def _taylor(gpt: GatedGPT, token_ids: np.ndarray, gates: Units) -> Units:
         neurons.insert(0, np.asarray(slopes.neurons))
         channels += slopes.channels
     slopes = Units(np.concatenate(layers, 1), heads, neurons, np.asarray(channels))
-    tokens = token_ids.shape[1] - 1
-    return _map(lambda slope: np.abs(np.asarray(slope, np.float64)).sum(0) / tokens, slopes)
+    tokens = np.maximum(np.sum(token_ids[:, 1:] >= 0, 1, keepdims=True), 1)
+    return _map(lambda slope: (np.abs(np.asarray(slope, np.float64)) / tokens).sum(0), slopes)
 
 
 def _map(function: Callable[..., np.ndarray], *units: Units) -> Units:

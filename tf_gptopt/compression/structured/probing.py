@@ -40,4 +40,4 @@ class Probe:
         for i in range(first, self._gpt.config.num_layers):
             x = self._gpt.block(i, x, gates)[0]
         loss, _ = self._gpt.loss(x, self._ids, gates)
-        return float(loss) / (len(self._ids) * (self._ids.shape[1] - 1))
+        return float(loss) / max(1, np.sum(self._ids[:, 1:] >= 0))
