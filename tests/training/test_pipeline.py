@@ -83,8 +83,8 @@ for name, weight in named_weights(plain).items():
 # Recomputed blocks; a table for the logits alone; microbatches of 2 and 3 sequences; half precision
 # scales the loss, and a loss that is NaN updates nothing
 _, half, *_ = compare("mixed_float16", 3e-2, rows=5, tie_embeddings=False, recompute=True)
-for labels in (y[:5], np.full_like(y[:5], 61)):
-    half.train_on_batch(x[:5], labels)
+for weight in (1.0, np.nan):
+    half.train_on_batch(x[:5], y[:5], np.full(5, weight, "float32"))
     assert half.optimizer.iterations == 1
 
 # Weights, moments and every operation of a stage are where the stage is

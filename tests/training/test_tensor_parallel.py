@@ -19,6 +19,7 @@ import os
 import shutil
 import tempfile
 import numpy as np
+from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
 from tf_gptopt.models.checkpoints import named_weights
 from tf_gptopt.models.gpt import GPTModel
@@ -87,7 +88,12 @@ model.compile(loss=NextTokenLoss())
 np.testing.assert_allclose(model.evaluate(inputs[:1], labels[:1], verbose=0), other[0], rtol=1e-6)
 assert model.predict(inputs[:3], verbose=0).shape == (3, 8, 31)
 labels[0, 0] = 31  # no token
-assert np.isnan(model.evaluate(inputs[:1], labels[:1], verbose=0))
+try:
+    model.evaluate(inputs[:1], labels[:1], verbose=0)
+except UserError as error:
+    assert str(error).endswith("Received a label: 31"), error
+else:
+    raise AssertionError("a label beyond the vocabulary was taken")
 """
 
 TRAINED = """
