@@ -34,6 +34,7 @@ TENSORFLOW_FREE = [
     "data/corpus.py",
     "data/packing.py",
     "data/tokenizer.py",
+    "compression/quantization/found_scheme.py",
     "compression/quantization/grids.py",
     "compression/quantization/mixed.py",
     "compression/quantization/rounding.py",

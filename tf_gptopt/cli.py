@@ -101,13 +101,21 @@ def _fail(message: str) -> int:
 
 def _run(options: Options, argv: list[str]) -> int:
     from tf_gptopt.recipes.recipe import load_recipe, packaged_recipes, parse_override
+    from tf_gptopt.recipes.run_folder import run_name
 
     names = ", ".join(packaged_recipes())
     options.add("recipe", nargs="?", help=f"a .yaml or .toml file, or one of: {names}")
     options.add("--data", nargs="+", default=[], help="text, .jsonl or folders (default: stdlib)")
     options.add("--valid", nargs="+", default=[], help="text to validate on (default: a share)")
     options.add("--text-field", default=None, help="the field of .jsonl lines that holds the text")
-    options.add("--out", default=None, help="the run's folder (default: saved_models/NAME)")
+    options.add(
+        "--out", default=None,
+        help="the run's folder (default: saved_models/ and a name after recipe and text)",
+    )  # fmt: skip
+    options.add(
+        "--replace", action="store_true",
+        help="train anew in a folder that holds a run of other text, which goes",
+    )  # fmt: skip
     options.add(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
         help="replace a value of the recipe, e.g. --set prune.pruning.sparsity=0.7",
@@ -121,11 +129,14 @@ def _run(options: Options, argv: list[str]) -> int:
     if given.text_field:
         overrides["corpus.text_field"] = given.text_field
     recipe = load_recipe(given.recipe, overrides)
-    out = Path(given.out) if given.out else Path("saved_models") / recipe.name
+    named = recipe.corpus.paths if "corpus.paths" in overrides else ()
+    is_default = given.recipe in (None, "default") and "name" not in overrides
+    folder = run_name(recipe.name, named, is_default)
+    out = Path(given.out) if given.out else Path("saved_models") / folder
 
     from tf_gptopt.recipes.runner import run_recipe
 
-    run_recipe(recipe, out)
+    run_recipe(recipe, out, replace=given.replace)
     return 0
 
 

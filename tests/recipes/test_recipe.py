@@ -15,7 +15,7 @@ def test_default_recipe_loads():
     assert recipe == Recipe(name="python")  # what a recipe leaves out is the main job's value
     assert recipe.distill.layers < recipe.train.model.num_layers
     assert recipe.prune.pruning.sparsity == 0.5
-    assert recipe.qat.quantization.weights == "int8"
+    assert recipe.qat.quantization is None  # that of the model it reads, so int8
     assert (recipe.quantize, recipe.export.quantization) == (None, None)  # as training saw it
 
 
@@ -184,6 +184,11 @@ def test_the_file_takes_the_scheme_of_the_stage_before_it():
     assert scheme(quantize__quantization="int4-gptq") == (gptq, False)
     assert scheme(export__quantization="int4-gptq", qat=None) == (gptq, True)
     assert scheme(export__quantization="int8-static") == (static, True)
+    assert scheme(quantize={}, qat__quantization="int8-static") == (static, False)
+    taught = {"distill__quantization": "int4-gptq", "prune": None, "qat": None}
+    assert scheme(**taught)[0] == gptq
+    taught["prune"] = load_recipe().to_dict()["prune"]  # which trains, and leaves the grid
+    assert scheme(**taught)[0] == QuantConfig()
 
 
 def test_packaged_recipes_say_what_they_are():

@@ -31,6 +31,7 @@ from tf_gptopt.evaluation.report import human_bytes, write_report
 from tf_gptopt.models.checkpoints import load_checkpoint
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.recipes.console import Console
+from tf_gptopt.recipes.schemes import decided
 from tf_gptopt.recipes.sections import (
     EvaluateSection,
     ExportSection,
@@ -123,6 +124,7 @@ def qat(
     console: Console,
 ) -> Metrics:
     """Train on with fake-quantized weights; zeros stay zero."""
+    section = decided(section, model_folder, console, trains=True)
     with on_devices(section.fit, seed, console):
         model = load_checkpoint(model_folder)
         tokens = matching_dataset(model, dataset_folder)
@@ -133,7 +135,8 @@ def qat(
             learned_ranges=section.learned_ranges,
         )
     history = fit(aware, tokens, section.fit, out, seed, console)
-    return {**save(strip_quantization(aware), out), **history}
+    scheme = {"quantization": section.quantization.to_dict()}
+    return {**save(strip_quantization(aware), out), **scheme, **history}
 
 
 def quantize(
@@ -146,11 +149,11 @@ def quantize(
 ) -> Metrics:
     """Put the weights on their grids, and train nothing."""
     use_precision("float32")
-    model, config = load_checkpoint(model_folder), section.quantization
+    config = decided(section, model_folder, console).quantization
+    model = load_checkpoint(model_folder)
     ids = _calibration(model, config, dataset_folder, section.calibration)
     quantized = ptq.quantize(model, config, ids, on_progress=console.progress)
-    console.note(config.name)
-    return save(quantized, out)
+    return {**save(quantized, out), "quantization": config.to_dict()}
 
 
 def export(
@@ -163,7 +166,8 @@ def export(
 ) -> Metrics:
     """Write model.tflite, with its tokenizer beside it."""
     use_precision("float32")
-    model, config = load_checkpoint(model_folder), section.quantization or QuantConfig()
+    config = decided(section, model_folder, console).quantization
+    model = load_checkpoint(model_folder)
     ids = _calibration(model, config, dataset_folder, section.calibration)
     info = export_tflite(
         model, out / "model.tflite", config, tokenizer=model.tokenizer, calibration=ids

@@ -32,6 +32,7 @@ from tf_gptopt.data.corpus import corpus_files
 from tf_gptopt.recipes.console import Console
 from tf_gptopt.recipes.recipe import Recipe, plain
 from tf_gptopt.recipes.sections import CorpusSection, ExportSection
+from tf_gptopt.recipes.shapes import check_recipe, check_stage
 from tf_gptopt.recipes.speak import SAMPLING, say, stream_completion
 from tf_gptopt.training.cluster import Alone, find_cluster, leads
 from tf_gptopt.training.config import ON_THE_WAY
@@ -48,7 +49,9 @@ TITLES = {
 Metrics = dict[str, Any]
 
 
-def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) -> Any:
+def run_recipe(
+    recipe: Recipe, out: str | Path, console: Console | None = None, *, replace: bool = False
+) -> Any:
     """The whole road: text -> tokenizer, dataset, train, distill, prune, qat, quantize, export,
     draft, evaluate.
 
@@ -59,13 +62,21 @@ def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) 
         out: the run's folder; each stage writes a folder inside it. Run again after any
             interruption, it goes on from the last finished stage or checkpoint.
         console: where progress goes.
+        replace: whether a run that was trained on other text may be there, and goes.
 
     Returns the `Report`, which is also in `out`/report.json and report.md.
+
+    Raises:
+        UserError: for a recipe that cannot be followed to its end, as far as that can be seen, and
+            for a folder that holds a run of other text; nothing is written then.
     """
     console = console or Console(quiet=not leads())
     out = Path(out)
     began = time.monotonic()
+    check_recipe(recipe)
     with locked(out):
+        if not replace:
+            require_same_text(out, recipe.corpus)
         if leads():
             write_json(out / "recipe.json", recipe.to_dict())
         corpus, seed = recipe.corpus, recipe.seed
@@ -118,9 +129,34 @@ def run_recipe(recipe: Recipe, out: str | Path, console: Console | None = None) 
     return report
 
 
+def require_same_text(out: Path, corpus: CorpusSection) -> None:
+    """Raise a `UserError` if the folder holds a model that was trained on other text."""
+    if not (out / "train" / METRICS).is_file():
+        return  # nothing there that took long
+    for stage in ("tokenizer", "dataset"):
+        if not (out / stage / METRICS).is_file():
+            continue
+        before, recipe = read_json(out / stage / METRICS), read_json(out / "recipe.json")
+        inputs = {"corpus": corpus}
+        if stage == "dataset":
+            inputs["tokenizer_folder"] = out / "tokenizer"
+        seed = before.get("seed", recipe["seed"])
+        if stage_key(stage, before["section"], inputs, seed) == before["key"]:
+            return
+        names = ", ".join(recipe["corpus"]["paths"]) or "Python's standard library"
+        raise UserError(
+            f"{out} holds a run that was trained on other text ({names}, as it was then). It stays "
+            "as it is: name another folder with --out, or say --replace to train on this text in "
+            "its place."
+        )
+
+
 def export_of(recipe: Recipe) -> tuple[ExportSection, bool]:
     """The export's section with its scheme, and whether it has to look at text for it."""
-    done = [section.quantization for section in (recipe.quantize, recipe.qat) if section]
+    stages = [recipe.quantize, recipe.qat]
+    if recipe.prune is None or recipe.prune.one_shot:  # a training without a grid leaves it
+        stages.append(recipe.distill)
+    done = [stage.quantization for stage in stages if stage and stage.quantization]
     scheme = recipe.export.quantization or (done[0] if done else QuantConfig())
     section = dataclasses.replace(recipe.export, quantization=scheme)
     return section, scheme.needs_calibration and scheme not in done[:1]
@@ -163,6 +199,7 @@ def run_stage(
         console.heading(name, f"{title} [dim]· finished before[/]")
         return workers.share(finished)
     console.heading(name, title)
+    check_stage(name, section, inputs)
     forget_other_key(out, key)
     began = time.monotonic()
     metrics = function(section, **inputs, out=out, seed=seed, console=console)
@@ -171,6 +208,7 @@ def run_stage(
         "key": key,
         "version": __version__,
         "section": plain(section),
+        "seed": seed,
         "seconds": round(time.monotonic() - began, 2),
         **metrics,
     }
@@ -286,6 +324,12 @@ def show_completion(path: Path, recipe: Recipe, console: Console, tokens: int = 
     """Let the finished file speak, token by token."""
     prompt = recipe.evaluate.prompt
     console.heading("generate", f"{path} completes {prompt!r}:")
-    say(
-        prompt, stream_completion(path, prompt, max_new_tokens=tokens, seed=recipe.seed, **SAMPLING)
+    pieces = stream_completion(
+        path,
+        prompt,
+        max_new_tokens=tokens,
+        seed=recipe.seed,
+        overflow="slide",  # a prompt beyond a short context is no reason to fail at the very end
+        **SAMPLING,
     )
+    say(prompt, pieces)

@@ -16,6 +16,7 @@ from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.compression.structured.config import ShrinkConfig
 from tf_gptopt.training.config import TrainConfig
 
+SMALLEST_VOCAB = 257  # every byte and the end-of-text token, as data/tokenizer.py has it
 LEAST_KEPT = 2 / 3  # of the student, in one of several rounds
 
 
@@ -46,6 +47,9 @@ class TokenizerSection:
 
     vocab_size: int = 4096
 
+    def __post_init__(self) -> None:
+        _check_least("vocab_size", self.vocab_size, SMALLEST_VOCAB)
+
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSection:
@@ -58,6 +62,13 @@ class DatasetSection:
 
     sequence_length: int = 256
     valid_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_least("sequence_length", self.sequence_length, 1)
+        if not 0 < self.valid_fraction < 1:
+            raise UserError(
+                f"valid_fraction must be between 0 and 1. Received: {self.valid_fraction}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +118,7 @@ class ShrinkSection:
     calibration: int = 128
 
     def __post_init__(self) -> None:
+        _check_least("calibration", self.calibration, 1)
         if self.target is None:
             raise UserError("Say how small the model is to be, such as --target.parameters 0.67.")
 
@@ -142,6 +154,8 @@ class DistillSection:
     fit: TrainConfig = TrainConfig(steps=300, learning_rate=1e-3)
 
     def __post_init__(self) -> None:
+        _check_least("layers", self.layers, 1)
+        _check_least("calibration", self.calibration, 1)
         if self.quantization and self.pruning:
             raise UserError(
                 "A student is pruned while it is distilled, or quantized, not both at once. Prune "
@@ -191,6 +205,7 @@ class PruneSection:
     fit: TrainConfig = TrainConfig(steps=150, learning_rate=5e-4)
 
     def __post_init__(self) -> None:
+        _check_least("calibration", self.calibration, 1)
         schedule = self.pruning.schedule
         if self.one_shot and schedule == "adaptive":
             raise UserError(
@@ -214,16 +229,20 @@ class QatSection:
     """Quantization-aware training, keeping the zeros of the pruning.
 
     Args:
-        quantization: the scheme that training sees and the file will hold.
+        quantization: the scheme that training sees and the file will hold; default that of the
+            model it reads, and int8 where that is not quantized.
         calibration: examples of the training split that ranges of static activations begin with.
         learned_ranges: whether the scales of weights are trained as well (LSQ).
         fit: its training.
     """
 
-    quantization: QuantConfig = QuantConfig()
+    quantization: QuantConfig | None = None
     calibration: int = 128
     learned_ranges: bool = False
     fit: TrainConfig = TrainConfig(steps=100, learning_rate=2e-4)
+
+    def __post_init__(self) -> None:
+        _check_least("calibration", self.calibration, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,12 +251,15 @@ class QuantizeSection:
 
     Args:
         quantization: the scheme: a recipe's name (`tf-gptopt recipes` lists them), a file with one,
-            or its fields.
+            or its fields; default that of the model it reads, and int8 where that is not quantized.
         calibration: examples of the training split for the schemes that look at text.
     """
 
-    quantization: QuantConfig = QuantConfig()
+    quantization: QuantConfig | None = None
     calibration: int = 128
+
+    def __post_init__(self) -> None:
+        _check_least("calibration", self.calibration, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,14 +267,17 @@ class ExportSection:
     """The .tflite file.
 
     Args:
-        quantization: the file's scheme; default that of the stage quantize or qat before it, and
-            int8 without one.
+        quantization: the file's scheme; default that of the model it reads, and int8 where that is
+            not quantized.
         calibration: examples of the training split for a scheme that looks at text, where no stage
             before it has done so.
     """
 
     quantization: QuantConfig | None = None
     calibration: int = 128
+
+    def __post_init__(self) -> None:
+        _check_least("calibration", self.calibration, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +304,10 @@ class DraftSection:
     quantization: QuantConfig = QuantConfig()
     fit: TrainConfig = TrainConfig(steps=300, learning_rate=1e-3)
 
+    def __post_init__(self) -> None:
+        _check_least("layers", self.layers, 1)
+        _check_least("calibration", self.calibration, 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSection:
@@ -298,3 +327,16 @@ class EvaluateSection:
     threads: int | None = None
     tolerance: float = 0.1
     prompt: str = "def __init__(self"
+
+    def __post_init__(self) -> None:
+        _check_least("tokens", self.tokens, 1)
+        _check_least("speed_tokens", self.speed_tokens, 1)
+        if self.threads is not None:
+            _check_least("threads", self.threads, 1)
+        if self.tolerance < 0:
+            raise UserError(f"tolerance must not be negative. Received: {self.tolerance}.")
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{name} must be at least {least}. Received: {name}={value}.")

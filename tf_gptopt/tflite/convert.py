@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tf_gptopt._errors import UserError
 from tf_gptopt._files import atomic_path
 from tf_gptopt.compression.quantization.config import QuantConfig
+from tf_gptopt.compression.quantization.found_scheme import find_scheme
 from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.tflite import bundle
 from tf_gptopt.tflite.attention import FIXED
@@ -95,7 +96,8 @@ def export_tflite(
             `quantize_aware`) are stored to the bit; others are rounded to the nearest.
         path: where to; replaced atomically. A file of a scheme that is not plain int8 or float
             first runs in a process of its own, because LiteRT aborts where others raise.
-        quant: the scheme; default `QuantConfig("int8")`.
+        quant: the scheme; default the one whose grids the weights lie on, and
+            `QuantConfig("int8")` for float weights.
         tokenizer: default `model.tokenizer`. Its files go into the file and into its folder.
         calibration: text for a scheme that looks at some, as `quantize` takes it. Not needed for a
             model that `quantize` or training with static activations has been through.
@@ -114,8 +116,9 @@ def export_tflite(
     from tf_gptopt.models.checkpoints import named_weights
 
     plain = quantized = _plain_model(model)
-    quant = (quant or QuantConfig("int8")).for_model(plain.config)
     weights = named_weights(plain)
+    quant = quant or find_scheme(weights, plain.activation_ranges is not None) or QuantConfig()
+    quant = quant.for_model(plain.config)
     is_ranged = quant.activations == "static" and plain.activation_ranges
     if calibration is not None and not is_ranged:
         from tf_gptopt.compression.quantization.ptq import quantize

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tf_gptopt._errors import UserError, suggest
-from tf_gptopt.models.config import PerBlock
+from tf_gptopt.models.config import GPTConfig, PerBlock
 
 AXES = ("heads", "neurons", "layers", "width")
 IMPORTANCES = ("activation", "taylor")
@@ -101,6 +101,62 @@ class ShrinkConfig:
         blocks named one by one leave no choice."""
         others = (self.num_heads, self.intermediate_dim, self.embedding_dim)
         return self.budget is not None or any(value is not None for value in others)
+
+    def check_fits(self, shape: GPTConfig) -> None:
+        """Raise a `UserError` unless a model of this shape has the parts that are to stay."""
+        if isinstance(self.layers, int) and self.layers > shape.num_layers:
+            raise UserError(
+                f"The model has {shape.num_layers} blocks, so layers must be 1 to "
+                f"{shape.num_layers}, or a list of indices. Received: layers={self.layers}."
+            )
+        if isinstance(self.layers, tuple) and self.layers[-1] >= shape.num_layers:
+            raise UserError(
+                f"layers must list ascending indices between 0 and {shape.num_layers - 1}, each "
+                f"once. Received: layers={list(self.layers)}."
+            )
+        if (self.embedding_dim or 0) > shape.embedding_dim:
+            raise UserError(
+                f"The model is {shape.embedding_dim} wide; shrinking makes no new channels. "
+                f"Received: embedding_dim={self.embedding_dim}."
+            )
+        count = len(self.layers) if isinstance(self.layers, tuple) else self.layers
+        count = shape.num_layers if count is None else count
+        for name, there in (
+            ("num_heads", shape.block_heads),
+            ("intermediate_dim", shape.block_intermediate_dims),
+        ):
+            wanted = getattr(self, name)
+            if isinstance(wanted, tuple) and len(wanted) != count:
+                raise UserError(
+                    f"{name} must be one number or one per block that stays ({count}). "
+                    f"Received: {name}={wanted}."
+                )
+            most = max(wanted) if isinstance(wanted, tuple) else wanted or 0
+            if most > max(there):
+                raise UserError(
+                    f"A block has at most {max(there)} of {name}; shrinking makes no new ones. "
+                    f"Received: {name}={wanted}."
+                )
+
+    def left_of(self, shape: GPTConfig) -> GPTConfig | None:
+        """The shape that is left of `shape`, None where it depends on the weights (a budget, or a
+        choice among blocks that differ).
+
+        Raises:
+            UserError: as `check_fits`.
+        """
+        self.check_fits(shape)
+        uniform = isinstance(shape.num_heads, int) and isinstance(shape.intermediate_dim, int)
+        if self.budget is not None or not uniform:
+            return None
+        count = len(self.layers) if isinstance(self.layers, tuple) else self.layers
+        return dataclasses.replace(
+            shape,
+            num_layers=shape.num_layers if count is None else count,
+            num_heads=self.num_heads or shape.num_heads,
+            intermediate_dim=self.intermediate_dim or shape.intermediate_dim,
+            embedding_dim=self.embedding_dim or shape.embedding_dim,
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -68,7 +68,7 @@ def shrink(
     """
     require_gpt(model)
     config = _as_config(target, layers)
-    _check_shape(config, model.config)
+    config.check_fits(model.config)
     if config.needs_calibration and calibration is None:
         raise UserError(
             "Choosing what to cut takes text to measure on. Expected: shrink(model, config, "
@@ -133,25 +133,6 @@ def _as_config(target: Any, layers: Any) -> ShrinkConfig:
         )
     wanted = layers if target is None else target
     return wanted if isinstance(wanted, ShrinkConfig) else ShrinkConfig(layers=wanted)
-
-
-def _check_shape(config: ShrinkConfig, shape: GPTConfig) -> None:
-    """Whether a model of this shape has the parts that `config` asks for."""
-    if isinstance(config.layers, int) and config.layers > shape.num_layers:
-        raise UserError(
-            f"The model has {shape.num_layers} blocks, so layers must be 1 to {shape.num_layers}, "
-            f"or a list of indices. Received: layers={config.layers}."
-        )
-    if isinstance(config.layers, tuple) and config.layers[-1] >= shape.num_layers:
-        raise UserError(
-            f"layers must list ascending indices between 0 and {shape.num_layers - 1}, each once. "
-            f"Received: layers={list(config.layers)}."
-        )
-    if (config.embedding_dim or 0) > shape.embedding_dim:
-        raise UserError(
-            f"The model is {shape.embedding_dim} wide; shrinking makes no new channels. "
-            f"Received: embedding_dim={config.embedding_dim}."
-        )
 
 
 def _without_scores(config: ShrinkConfig, shape: GPTConfig) -> np.ndarray:
