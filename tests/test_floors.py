@@ -32,8 +32,10 @@ HEAVY = {"tensorflow", "tf_keras", "tensorflow_model_optimization", "keras", "ke
 TENSORFLOW_FREE = [
     "cli.py",
     "data/corpus.py",
+    "data/files.py",
     "data/packing.py",
     "data/tokenizer.py",
+    "data/unreadable.py",
     "compression/quantization/found_scheme.py",
     "compression/quantization/grids.py",
     "compression/quantization/mixed.py",

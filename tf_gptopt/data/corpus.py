@@ -9,33 +9,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tf_gptopt._errors import UserError
+from tf_gptopt.data.files import (
+    JSON,
+    JSON_LINES,
+    Paths,
+    as_paths,
+    file_kind,
+    find_files,
+    library_root,
+    read_text,
+    why_skipped,
+)
 
 SEPARATOR = "<|endoftext|>"
 SPLIT_ABOVE = 256 * 1024  # characters: a longer file is a book or a dump, not one document
 SECTION = 8 * 1024  # characters: what a document cut out of a long file aims at
-
-# Tests repeat one another, and generated tables (codecs, topics, build variables) teach nothing:
-# near-copies on both sides of the split would make the validation loss look better than it is.
-_SKIPPED = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "encodings",
-    "pydoc_data",
-    "__pycache__",
-}
-_SKIPPED_PREFIXES = ("_sysconfigdata", "config-")  # what the interpreter was built with
-
-Paths = str | os.PathLike | Iterable[str | os.PathLike] | None
+_SHOWN = 3  # names of files that were left out for one reason
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,13 +45,15 @@ class Corpus(list[Document]):
     """A list of documents without blank ones and copies, that knows what was left out.
 
     Attributes:
-        skipped: files of the folders that are not UTF-8 text, in reading order.
+        skipped: what the folders hold and was not read, each with the reason, in reading order.
         duplicates: how many exact copies of an earlier document were dropped.
     """
 
-    def __init__(self, documents: Iterable[Document] = (), skipped: Iterable[str] = ()) -> None:
+    def __init__(
+        self, documents: Iterable[Document] = (), skipped: Mapping[str, str] | None = None
+    ) -> None:
         seen: set[bytes] = set()
-        self.skipped = list(skipped)
+        self.skipped = dict(skipped or {})
         self.duplicates = 0
         for document in documents:
             if not document.text or document.text.isspace():
@@ -75,9 +72,13 @@ def load_corpus(paths: Paths = None, text_field: str = "text") -> Corpus:
     - A text file (any name, any language, UTF-8) is one document; it becomes several at each
       `<|endoftext|>`, and, where it is the only file or longer than 256 k characters, at blank
       lines, so that each document holds about 8 k characters. No character is lost.
-    - A `.jsonl` file holds one JSON object a line; its `text_field` is one document.
-    - A folder is read recursively in sorted order. Hidden files, and files that are not UTF-8 text,
-      are left out; `Corpus.skipped` names the latter.
+    - A `.jsonl` (or `.ndjson`, `.jl`) file holds one JSON object a line; its `text_field` is one
+      document. A `.json` file holds a list of such objects, one of them, or one a line.
+    - `.gz`, `.bz2`, `.xz` and `.zst` (with the package zstandard) are unpacked, and read as what
+      their name without that ending says.
+    - A folder is read recursively in sorted order, linked folders too. Hidden names are left out;
+      so are, with their reasons in `Corpus.skipped`, files that are not UTF-8 text or cannot be
+      read, `.json` files without the field, and folders of datasets, models and runs.
     - None reads the `.py` files of the running Python's standard library, one document a file.
 
     Blank documents and exact copies are dropped (a copy could end up on both sides of the split).
@@ -86,34 +87,53 @@ def load_corpus(paths: Paths = None, text_field: str = "text") -> Corpus:
         A list of documents in a deterministic order.
 
     Raises:
-        UserError: for a missing path, a file that is not UTF-8 text (with the offset of the first
-            bad byte), a line without the field, and a corpus without any text.
+        UserError: for a missing path, a named file that is not UTF-8 text (with the offset of the
+            first bad byte and what it seems to be), a line without the field, the folder of a
+            dataset or a run, and a corpus without any text.
     """
-    named = None if paths is None else _as_paths(paths)
-    skipped: list[str] = []
+    found, skipped = find_files(paths)
+    named = () if paths is None else as_paths(paths)
     files: list[tuple[Path, str]] = []
-    for file in corpus_files(named):
+    for file in found:
         try:
-            files.append((file, _read_text(file)))
-        except UserError:
-            if file in (named or ()):
+            files.append((file, read_text(file)))
+        except UserError as error:
+            if file in named or "pip install" in str(error):
                 raise
-            skipped.append(str(file))
-    if named is None:
-        root = _library_root()
+            skipped[str(file)] = why_skipped(error)
+    if paths is None:
+        root = library_root()
         texts = (Document(path.relative_to(root).as_posix(), text) for path, text in files)
         return Corpus(texts, skipped)
-    documents = (
-        document
-        for path, raw in files
-        for document in _documents_of(path, raw, text_field, only=len(files) == 1)
-    )
+    documents = []
+    for path, raw in files:
+        try:
+            documents += list(_documents_of(path, raw, text_field, only=len(files) == 1))
+        except UserError:
+            if file_kind(path).startswith(JSON_LINES) or path in named:
+                raise
+            skipped[str(path)] = f"JSON without text in {text_field!r}"
     corpus = Corpus(documents, skipped)
     if not corpus:
         names = ", ".join(map(str, named))
-        also = f" (files skipped, as they are not UTF-8 text: {len(skipped)})" if skipped else ""
-        raise UserError(f"There is no text in {names}{also}. Give files that hold UTF-8 text.")
+        raise UserError(
+            f"There is no text in {names}{left_out(corpus)}. Give files that hold UTF-8 text."
+        )
     return corpus
+
+
+def left_out(corpus: Corpus) -> str:
+    """What a corpus does without and why, to follow a sentence; empty where that is nothing."""
+    parts = []
+    if corpus.duplicates:
+        parts.append(f"{corpus.duplicates:,} exact copies left out")
+    reasons: dict[str, list[str]] = {}
+    for name, why in corpus.skipped.items():
+        reasons.setdefault(why, []).append(Path(name).name)
+    for why, names in reasons.items():
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        parts.append(f"skipped, {why}: {len(names):,} ({shown})")
+    return "".join(f"; {part}" for part in parts)
 
 
 def split_text(text: str, section: int = SECTION) -> Iterator[str]:
@@ -146,79 +166,22 @@ def corpus_files(paths: Paths = None) -> list[Path]:
     """The files that `load_corpus` reads for `paths`, in its order.
 
     Raises:
-        UserError: for a path that does not exist, and where None finds no source code.
+        UserError: for a path that does not exist or is no file, and where None finds no source
+            code.
     """
-    if paths is None:
-        root = _library_root()
-        files = _walk(root, lambda name: name in _SKIPPED or name.startswith(_SKIPPED_PREFIXES))
-        found = [path for path in files if path.suffix == ".py"]
-        if not found:
-            raise UserError(
-                f"This Python keeps no source code of its standard library in {root} (it is zipped "
-                "or was removed). Name your own text: a file, a .jsonl file or a folder."
-            )
-        return found
-    found = []
-    for path in _as_paths(paths):
-        if os.path.isdir(path):  # unlike Path.is_dir, False for a name that the system refuses
-            found.extend(_walk(path))
-        elif os.path.exists(path):
-            found.append(path)
-        else:
-            raise UserError(f"{path} does not exist. Name a text file, a .jsonl file or a folder.")
-    return list(dict.fromkeys(found))
-
-
-def _library_root() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def _as_paths(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
-    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    if not paths:
-        raise UserError(
-            "No paths to read were given. Name a text file, a .jsonl file or a folder, or pass "
-            "None for the source code of the standard library."
-        )
-    return [Path(path).expanduser() for path in paths]
-
-
-def _walk(root: Path, skip: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
-    """Regular files below `root`, in the same order on every machine; hidden names are left out."""
-
-    def kept(names: list[str]) -> list[str]:
-        return sorted(name for name in names if not name.startswith(".") and not skip(name))
-
-    for folder, folders, files in os.walk(root):
-        folders[:] = kept(folders)
-        yield from (path for name in kept(files) if (path := Path(folder, name)).is_file())
-
-
-def _read_text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}). Check its permissions."
-        ) from None
-    bad = raw.find(b"\0")  # valid UTF-8, but no text has it
-    reason = "a zero byte"
-    if bad < 0:
-        try:
-            return raw.decode("utf-8").removeprefix("\ufeff")
-        except UnicodeDecodeError as error:
-            bad, reason = error.start, f"byte 0x{raw[error.start]:02x}"
-    raise UserError(
-        f"{path} is not UTF-8 text: {reason} at offset {bad}. Unpack or convert it first, for "
-        f"example with `iconv -f LATIN1 -t UTF-8 {path.name}` (or `-f UTF-16`)."
-    )
+    return find_files(paths)[0]
 
 
 def _documents_of(path: Path, raw: str, text_field: str, only: bool) -> Iterator[Document]:
-    texts = _jsonl_texts(path, raw, text_field) if path.suffix == ".jsonl" else [(str(path), raw)]
+    kind = file_kind(path)
+    is_json = kind.startswith((JSON, JSON_LINES[0]))
+    texts: Iterable[tuple[str, str]] = [(str(path), raw)]
+    if is_json:
+        read = _jsonl_texts if kind.startswith(JSON_LINES[0]) else _json_texts
+        texts = read(path, raw, text_field)
     for name, text in texts:
         parts = _SEPARATOR.split(text) if SEPARATOR in text else [text]
-        if path.suffix != ".jsonl":
+        if not is_json:
             # A lone short file still needs documents enough to hold some of them out
             alone = only and len(parts) == 1
             section = min(SECTION, max(512, len(text) // 20)) if alone else SECTION
@@ -240,29 +203,48 @@ def _jsonl_texts(path: Path, raw: str, text_field: str) -> Iterator[tuple[str, s
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{where} is not JSON ({error}). A .jsonl file holds one JSON object a line; "
                 "rename the file if it is plain text."
             ) from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where} holds a {type(row).__name__}; a JSON object was expected.")
-        if text_field not in row:
-            fields = ", ".join(map(repr, row)) or "none"
-            raise UserError(
-                f"{where} has no field {text_field!r}. Its fields: {fields}. Say which of them "
-                "holds the text (text_field)."
-            )
-        text = row[text_field]
-        if not isinstance(text, str):
-            raise UserError(
-                f"{where}: field {text_field!r} holds a {type(text).__name__}; text was expected."
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where}: field {text_field!r} holds half of a surrogate pair (\\ud800 to "
-                "\\udfff), which is not text. Write the file again with valid Unicode."
-            ) from None
-        yield f"{path}:{number}", text
+        yield f"{path}:{number}", _text_of(row, text_field, where)
+
+
+def _json_texts(path: Path, raw: str, text_field: str) -> Iterator[tuple[str, str]]:
+    try:
+        rows = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        if str(error).startswith("Extra data"):  # one object a line, under the ending of one object
+            yield from _jsonl_texts(path, raw, text_field)
+            return
+        raise UserError(
+            f"{path} is not JSON ({error}). Rename the file if it is plain text."
+        ) from None
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        yield f"{path}:{number}", _text_of(row, text_field, f"{path}, entry {number}")
+
+
+def _text_of(row: Any, text_field: str, where: str) -> str:
+    """The text of one JSON object."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where} holds a {type(row).__name__}; a JSON object was expected.")
+    if text_field not in row:
+        fields = ", ".join(map(repr, row)) or "none"
+        raise UserError(
+            f"{where} has no field {text_field!r}. Its fields: {fields}. Say which of them "
+            "holds the text (text_field)."
+        )
+    text = row[text_field]
+    if not isinstance(text, str):
+        raise UserError(
+            f"{where}: field {text_field!r} holds a {type(text).__name__}; text was expected."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: field {text_field!r} holds half of a surrogate pair (\\ud800 to "
+            "\\udfff), which is not text. Write the file again with valid Unicode."
+        ) from None
+    return text

@@ -29,6 +29,7 @@ from tf_gptopt._startup import load_tensorflow
 from tf_gptopt._version import __version__
 from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.data.corpus import corpus_files
+from tf_gptopt.data.files import file_kind
 from tf_gptopt.recipes.console import Console
 from tf_gptopt.recipes.recipe import Recipe, plain
 from tf_gptopt.recipes.sections import CorpusSection, ExportSection
@@ -298,8 +299,11 @@ def _input_key(value: Any) -> Any:
 
 def _digest(path: Path) -> list[str]:
     """What a file is to a stage: its kind and its content, not where it lies or how old it is."""
-    with open(path, "rb") as file:
-        return [path.suffix, hashlib.file_digest(file, "sha256").hexdigest()]
+    try:
+        with open(path, "rb") as file:
+            return [file_kind(path), hashlib.file_digest(file, "sha256").hexdigest()]
+    except PermissionError:  # a corpus goes on without it
+        return [file_kind(path), "unreadable"]
 
 
 @contextlib.contextmanager

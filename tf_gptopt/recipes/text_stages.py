@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tf_gptopt.data.corpus import Corpus, load_corpus
+from tf_gptopt.data.corpus import Corpus, left_out, load_corpus
 from tf_gptopt.data.packing import write_dataset
 from tf_gptopt.data.tokenizer import Tokenizer, train_tokenizer
 from tf_gptopt.recipes.console import Console
@@ -24,7 +24,7 @@ def tokenizer(
     """Train a byte-level BPE tokenizer on the corpus."""
     documents = _documents(corpus)
     size = sum(len(document.text) for document in documents)
-    console.note(f"{len(documents):,} documents, {size:,} characters{_left_out(documents)}")
+    console.note(f"{len(documents):,} documents, {size:,} characters{left_out(documents)}")
     trained = train_tokenizer((document.text for document in documents), section.vocab_size)
     trained.save(out)
     return {"documents": len(documents), "characters": size, "vocab_size": trained.vocab_size}
@@ -57,13 +57,3 @@ def dataset(
 
 def _documents(corpus: CorpusSection) -> Corpus:
     return load_corpus(list(corpus.paths) or None, text_field=corpus.text_field)
-
-
-def _left_out(documents: Corpus) -> str:
-    """What the corpus does without: copies, and files that are no text."""
-    parts = []
-    if documents.duplicates:
-        parts.append(f"{documents.duplicates:,} exact copies left out")
-    if documents.skipped:
-        parts.append(f"{len(documents.skipped):,} files skipped that are not UTF-8 text")
-    return "".join(f"; {part}" for part in parts)
