@@ -1,6 +1,7 @@
 """The command line from outside: real processes, their output, exit codes and their haste."""
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -227,3 +228,42 @@ def test_a_scheme_may_be_named_and_changed():
         assert named == QuantConfig.from_recipe("int8-static")
         fields = parsed("--quantization.weights int4 --quantization.kv_cache int8", section)
         assert fields == QuantConfig("int4", kv_cache="int8")
+
+
+def shell(script, **env):
+    """`script` in a shell, where `tf-gptopt` is this program."""
+    program = f"{shlex.quote(sys.executable)} -m tf_gptopt"
+    return subprocess.run(
+        ["bash", "-c", script.replace("tf-gptopt", program)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **env},
+    )
+
+
+def test_a_terminal_that_is_not_utf8():
+    """What it cannot show is written in its code, and ends nothing."""
+    words = "generate '\u4e2d\u6587 \u00e9' --max-new-tokens 2 --seed 0"
+    done = shell(f"tf-gptopt {words}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(r"\u4e2d\u6587 \xe9")
+    table = shell("tf-gptopt recipes", PYTHONIOENCODING="ascii")
+    assert table.returncode == 0, table.stderr
+
+
+def test_streams_that_are_closed_or_full(tmp_path):
+    for streams in (">&-", ">&- 2>&- <&-", "| true", "| head -1"):
+        done = shell(f"set -o pipefail; tf-gptopt recipes {streams}")
+        assert done.returncode == 0, (streams, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+    # a file that got the number of a closed stream would receive what is printed
+    corpus, out = tmp_path / "a.txt", tmp_path / "bpe"
+    corpus.write_text("some text, " * 99)
+    done = shell(f"tf-gptopt tokenizer --data {corpus} --vocab-size 300 --out {out} >&-")
+    assert done.returncode == 0, done.stderr
+    assert (out / ".lock").read_bytes() == b""
+    done = shell("tf-gptopt recipes > /dev/full")
+    assert_mistake(done, "No space left", "Free some room")
+    assert "Exception ignored" not in done.stderr

@@ -64,8 +64,8 @@ def one_line(error: BaseException) -> str:
 
 
 def spelt_out(argv: list[str], section: type) -> list[str]:
-    """A training's options may be written short, and what is true needs no value:
-    `--mesh M --profile` is `--fit.mesh M --fit.profile true`."""
+    """A training's options may be written short, what is true needs no value, and words may be
+    joined by - or _: `--mesh M --profile` is `--fit.mesh M --fit.profile true`."""
     import dataclasses
 
     fit = getattr(section, "fit", None)
@@ -77,7 +77,8 @@ def spelt_out(argv: list[str], section: type) -> list[str]:
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in short | own:
-            spelt.append(word)
+            is_nested = flag.startswith("--") and "." in flag
+            spelt.append(f"--{name}{equals}{value}" if is_nested else word)
             continue
         spelt.append(f"--{name}{equals}{value}" if name in own else f"--fit.{name}{equals}{value}")
         if isinstance((short | own)[name], bool) and not equals and following.startswith("--"):

@@ -9,6 +9,7 @@ failed first.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from tf_gptopt._errors import UserError, suggest
 from tf_gptopt._options import Options
 from tf_gptopt._startup import load_tensorflow
 from tf_gptopt._version import __version__
-from tf_gptopt.recipes.stage_command import DATASET, MODEL, STAGES, existing, stage_command
+from tf_gptopt.recipes.places import dataset_place, existing, model_place, speaking_place
+from tf_gptopt.recipes.stage_command import DATASET, MODEL, STAGES, stage_command
 
 COMMANDS = {
     "run": "the main job: text -> teacher -> student -> pruned -> int8 .tflite, measured",
@@ -46,8 +48,11 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    _open_streams()
     try:
-        return _dispatch(argv)
+        code = _dispatch(argv)
+        sys.stdout.flush()  # what cannot be written shows here, and not as the process ends
+        return code
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -57,14 +62,39 @@ def main(argv: list[str] | None = None) -> int:
             print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         if error.filename is None and error.errno not in DISK_FULL:
             raise
         where = f" ({error.filename})" if error.filename else ""
         remedy = "Free some room" if error.errno in DISK_FULL else "Check the path and its rights"
         return _fail(f"{error.strerror}{where}. {remedy}, then run the same command again.")
+
+
+def _open_streams() -> None:
+    """Standard streams that take any text, also where they were closed (`>&-`): a file that gets
+    the number of a closed one would receive what libraries print."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 shows \u4e2d for 中
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere, so that ending the process is no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -147,14 +177,20 @@ def _generate(options: Options, argv: list[str]) -> int:
 
 
 def _evaluate(options: Options, argv: list[str]) -> int:
-    options.add("models", nargs="+", help="folders and .tflite files; the first is the reference")
+    options.add("models", nargs="*", metavar="MODEL", help="--model, without its name")
+    options.add(
+        "--model", nargs="+", default=[],
+        help="folders (a run's stands for its file) and .tflite files; the first is the reference",
+    )  # fmt: skip
     options.add("--dataset", required=True, help=DATASET)
     options.add("--out", default=None, help="a folder for report.json and report.md")
     options.add("--tokens", type=int, default=32768, help="held-out tokens to score")
     options.add("--threads", type=int, default=None, help="processor threads (default: all)")
     given, _ = options.parse(argv)
-    models = [existing(model) for model in given.models]
-    dataset = existing(given.dataset)
+    models = [speaking_place(existing(model)) for model in (*given.models, *given.model)]
+    if not models:
+        raise UserError("Name models: tf-gptopt evaluate --model FOLDER FILE --dataset FOLDER.")
+    dataset = dataset_place(given.dataset)
     load_tensorflow()
     from tf_gptopt.data.dataset import TokenDataset
     from tf_gptopt.evaluation.compare import evaluate
@@ -237,7 +273,7 @@ def _plan(options: Options, argv: list[str]) -> int:
     given, _ = options.parse(argv)
     if (given.preset is None) == (given.model is None):
         raise UserError("Name one model: --preset gpt2, or --model FOLDER.")
-    shape = preset(given.preset) if given.preset else folder_shape(existing(given.model))
+    shape = preset(given.preset) if given.preset else folder_shape(model_place(given.model))
     step = Step(
         given.batch_size,
         given.sequence_length or shape.max_sequence_length,

@@ -253,3 +253,9 @@ def test_bad_descriptions(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         DatasetInfo.load(tmp_path)
+
+
+@pytest.mark.parametrize("given_documents", ["a text", ["a text", "another"]])
+def test_texts_are_no_documents(tokenizer: Tokenizer, tmp_path: Path, given_documents) -> None:
+    with pytest.raises(UserError, match=r"Document\(name, text\)\. Received: str"):
+        write_dataset(given_documents, tokenizer, tmp_path, 4)

@@ -368,3 +368,9 @@ def test_truncation_and_padding_of_a_file_are_ignored(folder: Path, tmp_path: Pa
     backend.save(str(tmp_path / "tokenizer.json"))
     loaded = Tokenizer.load(tmp_path)
     assert loaded.decode(loaded.encode(CODE)) == CODE
+
+
+@pytest.mark.parametrize("text", ["one text, whose characters are no texts", b"bytes"])
+def test_one_text_is_not_several(text: str | bytes) -> None:
+    with pytest.raises(UserError, match=r"train_tokenizer\(\[text\], vocab_size\)"):
+        train_tokenizer(text, 300)

@@ -52,7 +52,8 @@ def test_logits_do_not_see_the_future(tiny_model: Build) -> None:
 
 
 def test_parameter_count_of_gpt2() -> None:
-    model = GPTModel.from_preset("gpt2")
+    with pytest.warns(UserWarning, match="random weights.*Hugging Face checkpoint"):
+        model = GPTModel.from_preset("gpt2")
     assert model.count_params() == 124_439_808
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,31 @@ def test_a_mistaken_value_destroys_no_stage(done):
     with pytest.raises(UserError, match="There is no dataset"):
         run_stage(find_stage("train"), wide, {"dataset_folder": done}, done / "train", 0, QUIET)
     assert contents(done) == before
+
+
+def test_a_run_is_named_wherever_a_stage_is(done, tmp_path, capsys):
+    text, out = str(done), tmp_path / "file"
+    assert main(["export", "--model", text, "--out", str(out)]) == 0
+    assert f"--model {text} is a run: {done / 'train'}" in capsys.readouterr().out
+    small = ["--layers", "1", "--steps", "1", "--batch-size", "2"]
+    student = str(tmp_path / "student")
+    for model in ("--teacher", "--model"):  # its name, and that of all commands
+        assert main(["distill", model, text, "--dataset", text, "--out", student, *small]) == 0
+    assert "finished before" in capsys.readouterr().out
+    for models in (["--model", text, str(out)], [text, str(out)]):
+        few = ["--dataset", text, "--tokens", "64"]
+        assert main(["evaluate", *models, *few, "--out", str(tmp_path / "report")]) == 0
+    rows = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["tflite", "tflite"]
+    measure = ["--options", "int8", "--tokens", "64"]
+    table = str(tmp_path / "table.json")
+    for words in ([text, "--data", text], ["--model", text, "--dataset", text]):
+        assert main(["sensitivity", *words, *measure, "--out", table]) == 0
+    assert main(["plan", "--model", text, "--memory", "1GB"]) == 0
+    assert main(["generate", "--model", text, "--prompt", "Line", "--max-new-tokens", "2"]) == 0
+    tokens = ["dataset", "--data", text, "--tokenizer", text, "--out", str(tmp_path / "data")]
+    assert main(tokens) == 2
+    assert "--data takes text" in capsys.readouterr().err
 
 
 def test_other_text_may_take_the_place(done, recipe, texts):

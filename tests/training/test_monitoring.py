@@ -264,3 +264,15 @@ def test_a_second_profiler_is_refused(tmp_path):
             )  # fmt: skip
     finally:
         tf.profiler.experimental.stop(save=False)
+
+
+def test_utilisation_is_never_more_than_all(tiny_model):
+    """A peak that a short measurement put too low gives way to what was reached."""
+    from tf_gptopt.training.flops import Utilisation
+
+    share = Utilisation(tiny_model(), 32, "float32")
+    rate = share.peak / share.flops  # tokens/s that would take all of it
+    assert share(rate / 2) == pytest.approx(0.5)
+    assert share(3 * rate) == 1.0
+    assert "reached in this training" in share.why
+    assert share(rate) == pytest.approx(1 / 3)

@@ -128,6 +128,12 @@ def write_dataset(
             "The tokenizer has no end-of-text token, which must stand between documents. Name one "
             "of its tokens as eos_token in tokenizer_config.json, or train a tokenizer."
         )
+    for document in (*documents, *(valid or ())):
+        if not isinstance(document, Document):
+            raise UserError(
+                "write_dataset takes documents, as load_corpus gives them: Document(name, text). "
+                f"Received: {type(document).__name__}."
+            )
     # Reading in the order of the hash shuffles the documents, and gives each its place for good
     given = {document.text for document in valid or ()}
     documents = [*(d for d in documents if d.text not in given), *(valid or ())]

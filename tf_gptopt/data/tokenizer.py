@@ -47,8 +47,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size: tokens wanted. A small corpus gives fewer: read `Tokenizer.vocab_size`.
 
     Raises:
-        UserError: for a vocab_size below 257 or texts without any text.
+        UserError: for a vocab_size below 257, one text instead of several, or texts without any
+            text.
     """
+    if isinstance(texts, (str, bytes)):  # whose characters would be taken for texts
+        raise UserError(
+            "train_tokenizer learns from several texts. Received one: put it into a list, "
+            "train_tokenizer([text], vocab_size)."
+        )
     if vocab_size < SMALLEST_VOCAB:
         raise UserError(
             f"vocab_size must be at least {SMALLEST_VOCAB} (256 bytes and {END_OF_TEXT}). "

@@ -119,8 +119,10 @@ class GPTModel(ReadableErrors, keras.Model):
     def from_preset(cls, name_or_folder: str, **overrides: Any) -> GPTModel:
         """A named shape (`tiny` ... `gpt2-xl`, random weights), or a folder with weights.
 
-        A folder may be one that `save_to_preset` wrote or a Hugging Face GPT-2 checkpoint.
+        A folder may be one that `save_to_preset` wrote or a Hugging Face GPT-2 checkpoint. The
+        names of published models stand for their shapes alone, and a warning says so.
         """
+        import warnings
         from pathlib import Path
 
         if Path(name_or_folder).is_dir():
@@ -129,7 +131,14 @@ class GPTModel(ReadableErrors, keras.Model):
             if overrides:
                 raise UserError("A folder's shape cannot be overridden: its weights fix it.")
             return load_checkpoint(name_or_folder)
-        return cls.from_gpt_config(preset(name_or_folder, **overrides))
+        shape = preset(name_or_folder, **overrides)
+        if name_or_folder.startswith("gpt2"):
+            warnings.warn(
+                f"from_preset({name_or_folder!r}) gives that model's shape with random weights. "
+                "For the published weights name a folder with the Hugging Face checkpoint.",
+                stacklevel=2,
+            )
+        return cls.from_gpt_config(shape)
 
     def save_to_preset(self, folder: str) -> None:
         """Write weights, config.json and the tokenizer (if attached) to `folder`, atomically."""

@@ -23,11 +23,18 @@ class StepReport(Protocol):
     peak: str
 
 
+class _RichConsole(RichConsole):
+    def on_broken_pipe(self) -> None:
+        """Whoever runs the command decides what a reader that went away means; rich would end the
+        process with an error."""
+        raise BrokenPipeError
+
+
 class Console:
     """A live bar on a terminal, a line every ten seconds anywhere else; silent when `quiet`."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.rich = RichConsole(quiet=quiet, highlight=False)
+        self.rich = _RichConsole(quiet=quiet, highlight=False)
         if not self.rich.is_terminal:
             self.rich.width = LOG_WIDTH
         self._bar: Progress | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import types
 import typing
 from collections.abc import Mapping
 from importlib import resources
@@ -107,11 +108,33 @@ def load_recipe(
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`"prune.pruning.sparsity=0.7"` -> `("prune.pruning.sparsity", 0.7)`; the value is YAML."""
+    """`"prune.pruning.sparsity=0.7"` -> `("prune.pruning.sparsity", 0.7)`.
+
+    The value is YAML, but where the recipe holds text it is that text as it stands: `ROMEO:`,
+    `[x`, `12`. Quotes around it are YAML's, and keep spaces.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"--set takes key=value, such as train.fit.steps=200. Received: {text!r}.")
-    return key.strip(), _load_yaml(value, f"The value of {key}, {value!r},")
+    key, value = key.strip(), value.strip()
+    kinds = _kinds_of(key)
+    is_none = type(None) in kinds and value in ("", "null", "~")
+    if kinds and kinds <= {str, type(None)} and value[:1] not in ("'", '"') and not is_none:
+        return key, value
+    return key, _load_yaml(value, f"The value of {key}, {value!r},")
+
+
+def _kinds_of(key: str) -> set[Any]:
+    """The types that a recipe's dotted key may have; none for a key that is unknown."""
+    kinds: set[Any] = {Recipe}
+    for part in key.split("."):
+        sections = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        hints = typing.get_type_hints(sections[0]) if sections else {}
+        if part not in hints:
+            return set()
+        is_union = typing.get_origin(hints[part]) in (types.UnionType, typing.Union)
+        kinds = set(typing.get_args(hints[part])) if is_union else {hints[part]}
+    return kinds
 
 
 def read_scheme(name: str) -> QuantConfig:

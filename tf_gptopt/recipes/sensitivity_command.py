@@ -11,15 +11,18 @@ from typing import Any
 from tf_gptopt._errors import UserError
 from tf_gptopt._options import Options
 from tf_gptopt._startup import load_tensorflow
-from tf_gptopt.recipes.stage_command import DATASET, MODEL, existing
+from tf_gptopt.recipes.places import dataset_place, model_place
+from tf_gptopt.recipes.stage_command import DATASET, MODEL
 
 BATCH_LOGITS = 2**25  # of one batch, whose logits are in memory three times
 
 
 def sensitivity_command(options: Options, argv: list[str]) -> int:
     """Measure, print the table, draw the plot, pick a scheme."""
-    options.add("model", help=MODEL)
-    options.add("--data", nargs="+", required=True, help=f"{DATASET}, or text files")
+    options.add("folder", nargs="?", metavar="MODEL", help="--model, without its name")
+    options.add("--model", default=None, help=MODEL)
+    options.add("--dataset", default=None, help=DATASET)
+    options.add("--data", nargs="+", default=[], help="text files instead of a dataset")
     options.add(
         "--options", nargs="+", default=["int8", "int4"],
         help="what to try on each layer: int8, int4, int4:128, int4:channel, prune50, ...",
@@ -41,7 +44,12 @@ def sensitivity_command(options: Options, argv: list[str]) -> int:
     options.add("--scheme", default=None, help="a .yaml file for it, as --quantization reads one")
     given, _ = options.parse(argv)
     budget = _budget(given)
-    folder, paths = existing(given.model), [existing(path) for path in given.data]
+    if (given.folder is None) == (given.model is None):
+        raise UserError("Name one model: tf-gptopt sensitivity --model FOLDER --dataset FOLDER.")
+    if bool(given.data) == (given.dataset is not None):
+        raise UserError("Name what to measure on: --dataset FOLDER, or text files with --data.")
+    folder = model_place(given.model or given.folder)
+    paths = [dataset_place(path) for path in given.data or [given.dataset]]
     from tf_gptopt.compression.pruning.config import CALIBRATED, PruneConfig
     from tf_gptopt.recipes.recipe import read_scheme
 
@@ -104,7 +112,7 @@ def _read_tokens(model: Any, paths: list[Path], tokens: int, looks: bool) -> tup
     from tf_gptopt.recipes.stage_parts import matching_dataset
 
     length = model.config.max_sequence_length
-    is_dataset = len(paths) == 1 and (paths[0] / "dataset.json").is_file()
+    is_dataset = len(paths) == 1 and (paths[0] / "dataset.json").is_file()  # by either option
     if is_dataset:
         data = matching_dataset(model, paths[0])
         length = data.sequence_length

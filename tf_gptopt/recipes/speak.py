@@ -11,6 +11,7 @@ from typing import Any, Unpack
 from tf_gptopt._errors import UserError
 from tf_gptopt._startup import load_tensorflow
 from tf_gptopt.models.choosing import SamplingOptions, read_options
+from tf_gptopt.recipes.places import speaking_place
 
 EXAMPLE = Path("saved_models") / "example"
 # Small models repeat themselves when they are greedy
@@ -34,8 +35,8 @@ def stream_completion(
     """Pieces of text that continue `prompt`, as they are generated.
 
     Args:
-        path: a .tflite file, a folder with model.tflite (LiteRT alone is loaded) or a folder with
-            Keras weights (TensorFlow is loaded).
+        path: a .tflite file, a folder with model.tflite (LiteRT alone is loaded), a folder with
+            Keras weights (TensorFlow is loaded), or a run's folder.
         prompt: the text to complete.
         max_new_tokens: at most so many; default as many as the context has room for.
         seed: makes the draws repeatable.
@@ -51,9 +52,7 @@ def stream_completion(
         UserError: when there is no model at `path`, no tokenizer beside it, or for an impossible
             option.
     """
-    path = Path(path)
-    if (path / "model.tflite").is_file():
-        path = path / "model.tflite"
+    path = speaking_place(path)
     if not path.exists():
         raise UserError(
             f"There is no model at {path}. Name a .tflite file or a stage's folder, such as "
