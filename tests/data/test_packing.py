@@ -133,6 +133,35 @@ def test_split_is_stable_and_seeded(tokenizer: Tokenizer, tmp_path: Path) -> Non
     assert few != valid(200, seed=1)
 
 
+@pytest.mark.parametrize("fraction", [0.03, 0.1, 0.3, 0.6])
+@pytest.mark.parametrize("count", [25, 130])
+def test_the_share_that_was_asked_for(
+    tokenizer: Tokenizer, tmp_path: Path, count: int, fraction: float
+) -> None:
+    """In whatever order the hash puts few documents, of equal length or not."""
+    total = count * (count + 1) / 2
+    for seed in range(4):
+        for sizes in ([30] * count, range(1, count + 1)):
+            rows = [
+                Document(f"{i}", f"{seed} {i} " + "the cat sat " * words)
+                for i, words in enumerate(sizes)
+            ]
+            info = write_dataset(rows, tokenizer, tmp_path, 1, fraction, seed)
+            share = info.valid_tokens / (info.train_tokens + info.valid_tokens)
+            finest = 1 / count if sizes[0] == 30 else count / total  # half of a document either way
+            assert abs(share - fraction) <= max(0.2 * fraction, 0.75 * finest), (seed, share)
+
+
+def test_a_long_document_first_in_order_does_not_end_the_choice(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    large = Document("large", "the cat sat on a mat. " * 3000)  # a third of all
+    for seed in range(6):
+        info = write_dataset([large, *documents(600)], tokenizer, tmp_path, 8, 0.05, seed)
+        share = info.valid_tokens / (info.train_tokens + info.valid_tokens)
+        assert 0.04 <= share <= 0.06
+
+
 def test_same_input_gives_the_same_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
     for name in ("a", "b"):
         rows = documents(100)[:: 1 if name == "a" else -1]

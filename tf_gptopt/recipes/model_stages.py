@@ -30,6 +30,7 @@ from tf_gptopt.evaluation.compare import evaluate as measure
 from tf_gptopt.evaluation.report import human_bytes, write_report
 from tf_gptopt.models.checkpoints import load_checkpoint
 from tf_gptopt.models.gpt import GPTModel
+from tf_gptopt.recipes.advice import on_length
 from tf_gptopt.recipes.console import Console
 from tf_gptopt.recipes.schemes import decided
 from tf_gptopt.recipes.sections import (
@@ -65,9 +66,15 @@ def train(
             vocab_size=encoder.vocab_size, max_sequence_length=tokens.sequence_length, **shape
         )
     model.tokenizer = encoder
-    console.note(f"{model.count_params():,} parameters")
+    parameters = model.count_params()
+    console.note(f"{parameters:,} parameters")
+    passes, advice = on_length(
+        section.fit, tokens.sequence_length, tokens.num_tokens("train"), parameters
+    )
+    for line in advice:
+        console.note(line)
     history = fit(model, tokens, section.fit, out, seed, console)
-    return {**save(model, out), **history}
+    return {**save(model, out), "passes": round(passes, 3), **history}
 
 
 def shrink(

@@ -57,7 +57,7 @@ class DatasetSection:
 
     Args:
         sequence_length: tokens a training example holds, the context of the model.
-        valid_fraction: share of the documents that is held out.
+        valid_fraction: share of the text that is held out, in whole documents.
     """
 
     sequence_length: int = 256
