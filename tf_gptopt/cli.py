@@ -177,7 +177,7 @@ def _generate(options: Options, argv: list[str]) -> int:
 
 
 def _evaluate(options: Options, argv: list[str]) -> int:
-    options.add("models", nargs="*", metavar="MODEL", help="--model, without its name")
+    options.add("models", nargs="*", default=[], metavar="MODEL", help="--model, without its name")
     options.add(
         "--model", nargs="+", default=[],
         help="folders (a run's stands for its file) and .tflite files; the first is the reference",

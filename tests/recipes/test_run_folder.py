@@ -69,6 +69,7 @@ def test_runs_are_named_after_their_text():
     assert run_name("python", ["books/novel.txt"], is_default=True) == "novel"
     assert run_name("quick", ["novel.txt"], is_default=False) == "quick-novel"
     assert run_name("quick", ["a.jsonl.gz", "b", "c"], is_default=False) == "quick-a-and-2-more"
+    assert run_name("stories", ["stories.txt"], is_default=False) == "stories"
     assert run_name("python", ["src/"], is_default=True) == "src"
     assert run_name("python", ["x/../书 一.TXT"], is_default=True) == "书-一"
     assert run_name("python", ["notes v1.2.txt"], is_default=True) == "notes-v1.2"
@@ -131,6 +132,7 @@ def test_other_text_leaves_a_finished_run_alone(done, recipe, texts):
         ({"draft.layers": 3}, "draft: The model has 2 blocks"),
         ({"qat.quantization.float_layers": ["block_2_*"]}, "qat: .*'block_2_.*matches no layer"),
         ({"export.quantization.layers": {"blok_0_fc": "int8"}}, "export: .*mean 'block_0_fc'"),
+        ({"prune.pruning.layers": ["block_2_*"]}, "prune: .*'block_2_.*names no Dense layer"),
         ({"evaluate.tokens": 0}, "tokens must be at least 1"),
         ({"qat.calibration": 0}, "calibration must be at least 1"),
         ({"corpus.paths": ["nowhere.txt"]}, "nowhere.txt does not exist"),

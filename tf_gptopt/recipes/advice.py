@@ -44,7 +44,7 @@ def on_vocabulary(documents: Sequence[Document], share: float, vocab_size: int) 
             break
     shares = np.cumsum([count for _, count in counts.most_common()]) / max(1, counts.total())
     frequent = int(np.searchsorted(shares, _FREQUENT)) + 1
-    room = 1 << (2 * (SMALLEST_VOCAB + frequent) - 1).bit_length()
+    room = 1 << (SMALLEST_VOCAB + 5 * frequent // 4 - 1).bit_length()  # prefixes take some too
     return [
         f"{share:.0%} of the tokens are fragments of characters: the text has {len(counts):,} of "
         f"them beyond ASCII, and the vocabulary {vocab_size:,} entries. Take "

@@ -14,7 +14,10 @@ from tf_gptopt.recipes import speak
 
 def generate_command(options: Options, argv: list[str]) -> int:
     """Parse, complete, print as it comes."""
-    options.add("words", nargs="*", metavar="[MODEL] PROMPT", help="the two below, without names")
+    options.add(
+        "words", nargs="*", default=[], metavar="[MODEL] PROMPT",
+        help="the two below, without their names",
+    )  # fmt: skip
     options.add(
         "--model", default=None,
         help="a .tflite file, or a stage's or a run's folder (default: the example model)",

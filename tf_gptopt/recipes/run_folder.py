@@ -24,4 +24,4 @@ def run_name(recipe: str, paths: Sequence[str], is_default: bool) -> str:
     name = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:_LONGEST] or "text"
     if len(paths) > 1:
         name += f"-and-{len(paths) - 1}-more"
-    return name if is_default else f"{recipe}-{name}"
+    return name if is_default or name == recipe else f"{recipe}-{name}"

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from tf_gptopt._errors import UserError
+from tf_gptopt._errors import UserError, suggest
 from tf_gptopt.compression.structured.config import ShrinkConfig
 from tf_gptopt.data.corpus import corpus_files
 from tf_gptopt.data.packing import DatasetInfo
@@ -87,6 +88,14 @@ def shape_after(section: Any, shape: GPTConfig | None, context: int | None) -> G
             shape = target.left_of(shape)
     if shape is not None and getattr(section, "quantization", None):
         section.quantization.layers_to_quantize(_matrices(shape))
+    if shape is not None and getattr(section, "pruning", None):
+        dense = _matrices(shape)[1:]
+        for pattern in section.pruning.layers:
+            if not any(fnmatchcase(name, pattern) for name in dense):
+                raise UserError(
+                    f"The pattern {pattern!r} names no Dense layer of the model."
+                    f"{suggest(pattern, dense)}"
+                )
     if hasattr(section, "fit") and not getattr(section, "one_shot", False):
         _check_fit(section.fit, shape, context)
     return shape
@@ -115,6 +124,6 @@ def _check_fit(fit: TrainConfig, shape: GPTConfig | None, context: int | None) -
 
 
 def _matrices(shape: GPTConfig) -> list[str]:
-    """Names of the layers that a quantization may name."""
+    """Names of the layers with a matrix, the token table first."""
     blocks = [f"block_{i}_{part}" for i in range(shape.num_layers) for part in _MATRICES]
     return ["token_embedding", *blocks, *([] if shape.tie_embeddings else ["token_logits"])]
