@@ -72,6 +72,11 @@ def test_json_that_is_no_text(tmp_path, content, message):
     assert list(corpus.skipped.values()) == ["JSON without text in 'text'"]
 
 
+def test_endings_that_only_begin_like_json(tmp_path):
+    (tmp_path / "a.json5").write_text("{// plain text\n}")
+    assert texts(tmp_path) == ["{// plain text\n}"]
+
+
 def zstd(data: bytes) -> bytes:
     import zstandard
 
@@ -110,7 +115,7 @@ def test_zstd_without_its_package_says_which(tmp_path, monkeypatch):
 
 
 def test_kinds_tell_files_of_equal_content_apart():
-    names = ["a.txt", "a.jsonl", "a.json", "a.jsonl.gz", "a.txt.gz", "a.gz", "a.py", "a"]
+    names = ["a.txt", "a.jsonl", "a.json", "a.jsonl.gz", "a.txt.gz", "a.gz", "a.py", "a", "a.json5"]
     assert len({file_kind(Path(name)) for name in names}) == len(names)
     for same in ("b.JSONL", "b.ndjson", "x/y.jl"):
         assert file_kind(Path(same)) == ".jsonl"

@@ -16,15 +16,13 @@ from typing import Any
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.data.files import (
-    JSON,
-    JSON_LINES,
+    NotReadError,
     Paths,
     as_paths,
-    file_kind,
     find_files,
+    format_of,
     library_root,
     read_text,
-    why_skipped,
 )
 
 SEPARATOR = "<|endoftext|>"
@@ -97,10 +95,10 @@ def load_corpus(paths: Paths = None, text_field: str = "text") -> Corpus:
     for file in found:
         try:
             files.append((file, read_text(file)))
-        except UserError as error:
-            if file in named or "pip install" in str(error):
+        except NotReadError as error:
+            if file in named:
                 raise
-            skipped[str(file)] = why_skipped(error)
+            skipped[str(file)] = error.why
     if paths is None:
         root = library_root()
         texts = (Document(path.relative_to(root).as_posix(), text) for path, text in files)
@@ -110,7 +108,7 @@ def load_corpus(paths: Paths = None, text_field: str = "text") -> Corpus:
         try:
             documents += list(_documents_of(path, raw, text_field, only=len(files) == 1))
         except UserError:
-            if file_kind(path).startswith(JSON_LINES) or path in named:
+            if format_of(path) == ".jsonl" or path in named:
                 raise
             skipped[str(path)] = f"JSON without text in {text_field!r}"
     corpus = Corpus(documents, skipped)
@@ -173,15 +171,13 @@ def corpus_files(paths: Paths = None) -> list[Path]:
 
 
 def _documents_of(path: Path, raw: str, text_field: str, only: bool) -> Iterator[Document]:
-    kind = file_kind(path)
-    is_json = kind.startswith((JSON, JSON_LINES[0]))
     texts: Iterable[tuple[str, str]] = [(str(path), raw)]
-    if is_json:
-        read = _jsonl_texts if kind.startswith(JSON_LINES[0]) else _json_texts
+    if kind := format_of(path):
+        read = _jsonl_texts if kind == ".jsonl" else _json_texts
         texts = read(path, raw, text_field)
     for name, text in texts:
         parts = _SEPARATOR.split(text) if SEPARATOR in text else [text]
-        if not is_json:
+        if not kind:
             # A lone short file still needs documents enough to hold some of them out
             alone = only and len(parts) == 1
             section = min(SECTION, max(512, len(text) // 20)) if alone else SECTION

@@ -22,8 +22,7 @@ Paths = str | os.PathLike | Iterable[str | os.PathLike] | None
 Skipped = dict[str, str]  # path -> why it is not read
 
 NOT_TEXT = "not UTF-8 text"
-JSON_LINES = (".jsonl", ".ndjson", ".jl", ".jsonlines")
-JSON = ".json"
+_JSON_LINES = (".jsonl", ".ndjson", ".jl", ".jsonlines")
 
 # Tests repeat one another, and generated tables (codecs, topics, build variables) teach nothing:
 # near-copies on both sides of the split would make the validation loss look better than it is.
@@ -46,6 +45,18 @@ _OWN = (
     ({"recipe.json", "tokenizer"}, "a run (--model and --dataset take it)"),
     ({"key.json", "metrics.json"}, "a stage of a run"),
 )
+
+
+class NotReadError(UserError):
+    """A file that holds nothing to read; a folder goes on without it.
+
+    Attributes:
+        why: the reason in a few words, which many files may share.
+    """
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
 
 
 def find_files(paths: Paths = None) -> tuple[list[Path], Skipped]:
@@ -98,29 +109,36 @@ def as_paths(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Pat
     return [Path(path).expanduser() for path in paths]
 
 
+def format_of(path: Path) -> str:
+    """How a file's text is read, by its name: as `".jsonl"`, as `".json"`, or plainly, `""`."""
+    ending = Path(path.name.removesuffix(_packing(path))).suffix.lower()
+    if ending in _JSON_LINES:
+        return ".jsonl"
+    return ending if ending == ".json" else ""
+
+
 def file_kind(path: Path) -> str:
-    """What a file is read as: `".jsonl"` or `".json"`, or its own ending for plain text; followed
-    by `".gz"` and the like for one that is unpacked first."""
-    name, packed = path.name, _packing(path)
-    ending = Path(name[: len(name) - len(packed)]).suffix
-    if ending.lower() in JSON_LINES:
-        ending = JSON_LINES[0]
-    elif ending.lower() == JSON:
-        ending = JSON
-    return ending + packed.lower()
+    """What a file is read as: its format, or its own ending for plain text, followed by `".gz"` and
+    the like for one that is unpacked first."""
+    packing = _packing(path)
+    ending = Path(path.name.removesuffix(packing)).suffix
+    return (format_of(path) or ending) + packing.lower()
 
 
 def read_text(path: Path) -> str:
     """A file's text, unpacked, without a byte order mark.
 
     Raises:
-        UserError: for a file that cannot be read or unpacked, and for one that is not UTF-8 text.
+        NotReadError: for a file that cannot be read or unpacked, and for one that is not UTF-8
+            text.
+        UserError: for one that takes another package to unpack.
     """
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}). Check its permissions."
+        raise NotReadError(
+            f"{path} cannot be read ({error.strerror}). Check its permissions.",
+            f"cannot be read: {error.strerror}",
         ) from None
     raw = _unpacked(path, raw)
     bad = raw.find(b"\0")  # valid UTF-8, but no text has it
@@ -130,15 +148,9 @@ def read_text(path: Path) -> str:
             return raw.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             bad, reason = error.start, f"byte 0x{raw[error.start]:02x}"
-    raise UserError(f"{path} is {NOT_TEXT}: {reason} at offset {bad}. {advice(path.name, raw)}")
-
-
-def why_skipped(error: UserError) -> str:
-    """A reason in a few words, which many files may share."""
-    text = str(error)
-    if "cannot be read" in text:
-        return f"cannot be read: {text.partition('(')[2].partition(')')[0]}"
-    return "damaged" if "is damaged" in text else NOT_TEXT
+    raise NotReadError(
+        f"{path} is {NOT_TEXT}: {reason} at offset {bad}. {advice(path.name, raw)}", NOT_TEXT
+    )
 
 
 def _walk(
@@ -199,8 +211,9 @@ def _unpacked(path: Path, raw: bytes) -> bytes:
             f"{path} is packed with zstd, which takes one more package: pip install zstandard"
         ) from None
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(
-            f"{path} is damaged, or no {packing} file ({error}). Copy or download it again."
+        raise NotReadError(
+            f"{path} is damaged, or no {packing} file ({error}). Copy or download it again.",
+            "damaged",
         ) from None
 
 
