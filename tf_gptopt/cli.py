@@ -19,7 +19,14 @@ from tf_gptopt._options import Options
 from tf_gptopt._startup import load_tensorflow
 from tf_gptopt._version import __version__
 from tf_gptopt.recipes.places import dataset_place, existing, model_place, speaking_place
-from tf_gptopt.recipes.stage_command import DATASET, MODEL, STAGES, stage_command
+from tf_gptopt.recipes.stage_command import (
+    CORPUS,
+    DATASET,
+    MODEL,
+    STAGES,
+    VALID,
+    stage_command,
+)
 
 COMMANDS = {
     "run": "the main job: text -> teacher -> student -> pruned -> int8 .tflite, measured",
@@ -135,9 +142,9 @@ def _run(options: Options, argv: list[str]) -> int:
 
     names = ", ".join(packaged_recipes())
     options.add("recipe", nargs="?", help=f"a .yaml or .toml file, or one of: {names}")
-    options.add("--data", nargs="+", default=[], help="text, .jsonl or folders (default: stdlib)")
-    options.add("--valid", nargs="+", default=[], help="text to validate on (default: a share)")
-    options.add("--text-field", default=None, help="the field of .jsonl lines that holds the text")
+    options.add("--data", nargs="+", default=[], help=CORPUS)
+    options.add("--valid", nargs="+", default=[], help=VALID)
+    options.add("--text-field", default=None, help="the field of JSON objects that holds the text")
     options.add(
         "--out", default=None,
         help="the run's folder (default: saved_models/ and a name after recipe and text)",

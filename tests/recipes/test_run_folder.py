@@ -128,7 +128,7 @@ def test_other_text_leaves_a_finished_run_alone(done, recipe, texts):
         ({"distill.student.embedding_dim": 200}, "distill: The model is 192 wide"),
         ({"distill.student.num_heads": 7}, "distill: A block has at most 6 of num_heads"),
         ({"distill.student.layers": [0, 4]}, "distill: .*between 0 and 3"),
-        ({"distill.teachers": ["nowhere"]}, "distill: There is no model in nowhere"),
+        ({"distill.teachers": ["nowhere"]}, "distill: nowhere does not exist"),
         ({"draft.layers": 3}, "draft: The model has 2 blocks"),
         ({"qat.quantization.float_layers": ["block_2_*"]}, "qat: .*'block_2_.*matches no layer"),
         ({"export.quantization.layers": {"blok_0_fc": "int8"}}, "export: .*mean 'block_0_fc'"),
@@ -175,6 +175,11 @@ def test_a_run_is_named_wherever_a_stage_is(done, tmp_path, capsys):
     for model in ("--teacher", "--model"):  # its name, and that of all commands
         assert main(["distill", model, text, "--dataset", text, "--out", student, *small]) == 0
     assert "finished before" in capsys.readouterr().out
+    several = [*small, "--teachers", f"[{text}]"]
+    words = ["--model", text, "--dataset", text, "--out", str(tmp_path / "taught")]
+    assert main(["distill", *words, *several]) == 0
+    with pytest.raises(UserError, match="There is no model in"):
+        check_recipe(load_recipe(None, {"distill.teachers": [str(done / "dataset")]}))
     for models in (["--model", text, str(out)], [text, str(out)]):
         few = ["--dataset", text, "--tokens", "64"]
         assert main(["evaluate", *models, *few, "--out", str(tmp_path / "report")]) == 0

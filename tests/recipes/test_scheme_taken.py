@@ -117,7 +117,7 @@ def test_another_scheme_than_it_was_made_for_is_pointed_out(model, tmp_path, cap
 
 def test_training_goes_on_in_the_scheme_it_finds(model, folder, tmp_path, capsys):
     from tf_gptopt.recipes.console import Console
-    from tf_gptopt.recipes.schemes import decided
+    from tf_gptopt.recipes.schemes import decided, say_if_left
     from tf_gptopt.recipes.sections import QatSection
 
     save_model(quantize(model, MIXED), tmp_path / "mixed")
@@ -130,3 +130,8 @@ def test_training_goes_on_in_the_scheme_it_finds(model, folder, tmp_path, capsys
     assert decided(given, tmp_path / "mixed", Console(), trains=True) == given
     assert "once more" not in capsys.readouterr().out
     assert decided(QatSection(), folder, Console(), trains=True).quantization == QuantConfig()
+    capsys.readouterr()
+    say_if_left(folder, Console())
+    assert not capsys.readouterr().out
+    say_if_left(tmp_path / "mixed", Console())
+    assert f"is quantized ({MIXED.name})" in capsys.readouterr().out

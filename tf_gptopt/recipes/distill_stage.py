@@ -31,6 +31,7 @@ from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.models.counting import token_flops, weight_count
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.recipes.console import Console
+from tf_gptopt.recipes.places import model_place
 from tf_gptopt.recipes.sections import DistillSection, DraftSection, check_rounds
 from tf_gptopt.recipes.stage_parts import (
     CHECKPOINTS,
@@ -176,7 +177,8 @@ class _Distillation:
         return student, [], lambda student: student
 
     def teachers(self) -> list[GPTModel]:
-        return [load_checkpoint(path) for path in (self.teacher_folder, *self.section.teachers)]
+        others = (model_place(folder) for folder in self.section.teachers)
+        return [load_checkpoint(path) for path in (self.teacher_folder, *others)]
 
     @property
     def top_k(self) -> int | None:

@@ -32,7 +32,7 @@ from tf_gptopt.models.checkpoints import load_checkpoint
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.recipes.advice import on_length
 from tf_gptopt.recipes.console import Console
-from tf_gptopt.recipes.schemes import decided
+from tf_gptopt.recipes.schemes import decided, say_if_left
 from tf_gptopt.recipes.sections import (
     EvaluateSection,
     ExportSection,
@@ -107,6 +107,8 @@ def prune(
     config = section.pruning
     if section.one_shot:
         config = dataclasses.replace(config, schedule="constant", begin_step=0)
+    else:
+        say_if_left(model_folder, console)
     with on_devices(section.fit, seed, console):
         model = load_checkpoint(model_folder)
         tokens = matching_dataset(model, dataset_folder)

@@ -31,6 +31,7 @@ from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.data.corpus import corpus_files
 from tf_gptopt.data.files import file_kind
 from tf_gptopt.recipes.console import Console
+from tf_gptopt.recipes.places import model_place
 from tf_gptopt.recipes.recipe import Recipe, plain
 from tf_gptopt.recipes.sections import CorpusSection, ExportSection
 from tf_gptopt.recipes.shapes import check_recipe, check_stage
@@ -78,6 +79,7 @@ def run_recipe(
     with locked(out):
         if not replace:
             require_same_text(out, recipe.corpus)
+        console.heading("run", f"{recipe.name}, in {out}")
         if leads():
             write_json(out / "recipe.json", recipe.to_dict())
         corpus, seed = recipe.corpus, recipe.seed
@@ -277,7 +279,7 @@ def stage_key(name: str, section: Any, inputs: Mapping[str, Any], seed: int) -> 
         training.pop(field, None)
     parts = [name, values, seed, {k: _input_key(v) for k, v in sorted(inputs.items())}]
     if teachers := getattr(section, "teachers", ()):
-        parts.append([_input_key(folder) for folder in teachers])
+        parts.append([_input_key(model_place(folder)) for folder in teachers])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

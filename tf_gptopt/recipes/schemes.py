@@ -39,10 +39,20 @@ def decided(section: Any, folder: Path, console: Console, trains: bool = False) 
     if not trains and found is not None and not lies_on(weights, given):
         console.note(
             f"{folder} was made for {found.name}, and {given.name} rounds its weights once more. "
-            f"Leave --quantization out for {found.name}, or train for {given.name} first: "
-            "tf-gptopt qat --quantization ..."
+            "Name no quantization to keep them, or train for this one first: tf-gptopt qat "
+            "--quantization ..."
         )
     return section
+
+
+def say_if_left(folder: Path, console: Console) -> None:
+    """Before a training in float: that a quantized model will leave its grids."""
+    found, _ = read_scheme_of(Path(folder))
+    if found is not None:
+        console.note(
+            f"{folder} is quantized ({found.name}), and this trains float weights: quantize again "
+            "afterwards"
+        )
 
 
 def read_scheme_of(folder: Path) -> tuple[QuantConfig | None, dict[str, np.ndarray]]:

@@ -25,9 +25,9 @@ class CorpusSection:
     """Where the text comes from.
 
     Args:
-        paths: text files, .jsonl files or folders; empty means the source code of the running
-            Python's standard library.
-        text_field: the field of a .jsonl line that holds its text.
+        paths: text, .json or .jsonl files, packed or not, or folders; empty means the source code
+            of the running Python's standard library.
+        text_field: the field of a JSON object that holds its text.
         valid: text to validate on, of the same kinds; empty means that a share of the documents
             is held out.
     """
@@ -136,7 +136,8 @@ class DistillSection:
         student: what the student keeps: a budget or a shape.
         calibration: examples of the training split that importance is measured on.
         rounds: of shrinking and distilling; more than one need a budget.
-        teachers: folders of further teachers, beside the one that the student comes from.
+        teachers: folders of further teachers (a stage's, a run's, a checkpoint's), beside the one
+            that the student comes from.
         distillation: what the student learns from its teachers.
         quantization: a scheme that the student sees while it learns, or None for a float one.
         pruning: a schedule along which it gets sparse while it learns, or None to prune nothing.

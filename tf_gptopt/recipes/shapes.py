@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from tf_gptopt._errors import UserError, suggest
@@ -16,6 +15,7 @@ from tf_gptopt.compression.structured.config import ShrinkConfig
 from tf_gptopt.data.corpus import corpus_files
 from tf_gptopt.data.packing import DatasetInfo
 from tf_gptopt.models.config import GPTConfig
+from tf_gptopt.recipes.places import model_place
 from tf_gptopt.recipes.recipe import Recipe
 from tf_gptopt.recipes.sections import ModelSection
 from tf_gptopt.training.config import TrainConfig
@@ -78,7 +78,7 @@ def shape_after(section: Any, shape: GPTConfig | None, context: int | None) -> G
         UserError: for what a model of this shape does not have, or cannot be trained with.
     """
     for folder in getattr(section, "teachers", ()):
-        if not (Path(folder) / "config.json").is_file():
+        if not (model_place(folder) / "config.json").is_file():
             raise UserError(f"There is no model in {folder}, which is named as a teacher.")
     if shape is not None:
         target = getattr(section, "student", None) or getattr(section, "target", None)

@@ -13,7 +13,7 @@ from tf_gptopt._options import Options, spelt_out
 from tf_gptopt.recipes.places import dataset_place, model_place, tokenizer_place
 from tf_gptopt.training.cluster import leads
 
-CORPUS = "text files, .jsonl files or folders (default: Python's standard library)"
+CORPUS = "text or JSON files, packed or not, or folders (default: Python's standard library)"
 VALID = "text to validate on (default: a share of the documents is held out)"
 DATASET = "a folder that `tf-gptopt dataset` wrote, or a run's"
 IF_LOOKED_AT = f"{DATASET}, for schemes that look at text"
@@ -53,7 +53,7 @@ def stage_command(options: Options, argv: list[str]) -> int:
     section = getattr(sections, name)
     if takes_corpus := "corpus" in helps:
         options.add("--data", nargs="+", default=[], help=CORPUS)
-        options.add("--text-field", default="text", help="the field of .jsonl lines with the text")
+        options.add("--text-field", default="text", help="the field of JSON objects with the text")
     if name == "DatasetSection":
         options.add("--valid", nargs="+", default=[], help=VALID)
     reads = {name: READS[name] for name in helps if name != "corpus"}

@@ -51,11 +51,14 @@ class Utilisation:
     def __init__(self, model: keras.Model, length: int, dtype: str) -> None:
         self.flops = training_flops(model, length)
         self.peak, self.why = model_peak(model, dtype)
+        self._is_reached = False
 
     def __call__(self, tokens_per_second: float) -> float:
         done = tokens_per_second * self.flops
         if done > self.peak:  # so the processor can do more than the short measurement saw
-            self.peak, self.why = done, f"{_human(done)}, reached in this training"
+            if not self._is_reached:
+                self.why = f"the most reached in this training, more than the {self.why}"
+            self.peak, self._is_reached = done, True
         return done / self.peak
 
 
