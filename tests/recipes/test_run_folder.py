@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tf_gptopt.cli import main
 from tf_gptopt.recipes.console import Console
 from tf_gptopt.recipes.recipe import Recipe, load_recipe, packaged_recipes
 from tf_gptopt.recipes.run_folder import run_name
-from tf_gptopt.recipes.runner import find_stage, run_recipe, run_stage
+from tf_gptopt.recipes.runner import find_stage, require_same_text, run_recipe, run_stage
 from tf_gptopt.recipes.sections import (
     CorpusSection,
     DatasetSection,
@@ -99,14 +100,21 @@ def test_the_command_finds_the_folder_by_itself(texts, tmp_path, monkeypatch):
     assert seen[5] == (Path("saved_models/other-fox"), {"replace": False})
 
 
-def test_other_text_leaves_a_finished_run_alone(done, recipe, texts):
+def test_other_text_leaves_a_finished_run_alone(done, recipe, texts, tmp_path):
     before = contents(done)
     other = dataclasses.replace(recipe, corpus=CorpusSection((str(texts / "dog.txt"),)))
     held_out = dataclasses.replace(recipe.corpus, valid=(str(texts / "dog.txt"),))
     for changed in (other, dataclasses.replace(recipe, corpus=held_out)):
-        with pytest.raises(UserError, match=r"other text \(.*fox.txt.*--out.*--replace"):
+        with pytest.raises(UserError, match=r"other text than this \(.*fox.txt.*--out.*--replace"):
             run_recipe(changed, done, QUIET)
     assert contents(done) == before
+    stages = tmp_path / "stages"  # made by commands of their own
+    shutil.copytree(done, stages)
+    (stages / "recipe.json").unlink()
+    with pytest.raises(UserError, match="other text than this"):
+        run_recipe(other, stages, QUIET)
+    shutil.rmtree(stages / "train")  # an unfinished one costs nobody anything
+    require_same_text(stages, other.corpus)
     for seed in (1, 0):  # the same text under another seed is no other text
         again = dataclasses.replace(recipe, seed=seed)
         assert run_recipe(again, done, QUIET).recommended == "export"

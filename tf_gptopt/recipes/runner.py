@@ -136,21 +136,22 @@ def require_same_text(out: Path, corpus: CorpusSection) -> None:
     """Raise a `UserError` if the folder holds a model that was trained on other text."""
     if not (out / "train" / METRICS).is_file():
         return  # nothing there that took long
+    known = read_json(out / "recipe.json") if (out / "recipe.json").is_file() else {}
     for stage in ("tokenizer", "dataset"):
         if not (out / stage / METRICS).is_file():
             continue
-        before, recipe = read_json(out / stage / METRICS), read_json(out / "recipe.json")
-        inputs = {"corpus": corpus}
+        before = read_json(out / stage / METRICS)
+        inputs: dict[str, Any] = {"corpus": corpus}
         if stage == "dataset":
             inputs["tokenizer_folder"] = out / "tokenizer"
-        seed = before.get("seed", recipe["seed"])
+        seed = before.get("seed", known.get("seed", 0))
         if stage_key(stage, before["section"], inputs, seed) == before["key"]:
             return
-        names = ", ".join(recipe["corpus"]["paths"]) or "Python's standard library"
+        paths = known.get("corpus", {}).get("paths", [])
         raise UserError(
-            f"{out} holds a run that was trained on other text ({names}, as it was then). It stays "
-            "as it is: name another folder with --out, or say --replace to train on this text in "
-            "its place."
+            f"{out} holds a run that was trained on other text than this ("
+            f"{', '.join(paths) or 'the standard library'}, as it was then). It stays as it is: "
+            "name another folder with --out, or say --replace to train on this text in its place."
         )
 
 
