@@ -74,6 +74,7 @@ def test_runs_are_named_after_their_text():
     assert run_name("python", ["src/"], is_default=True) == "src"
     assert run_name("python", ["x/../书 一.TXT"], is_default=True) == "书-一"
     assert run_name("python", ["notes v1.2.txt"], is_default=True) == "notes-v1.2"
+    assert run_name("python", ["example.txt"], is_default=True) == "example-text"  # not the shipped
     assert run_name("python", ["..."], is_default=True) == "text"
 
 

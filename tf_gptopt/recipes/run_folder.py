@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _LONGEST = 60  # characters of a name
+_SHIPPED = "example"  # the folder of the model that comes along with the project
 _ENDINGS = re.compile(r"(\.(txt|md|text|jsonl?|ndjson|jl|gz|bz2|xz|zst))+$", re.IGNORECASE)
 
 
@@ -24,4 +25,6 @@ def run_name(recipe: str, paths: Sequence[str], is_default: bool) -> str:
     name = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:_LONGEST] or "text"
     if len(paths) > 1:
         name += f"-and-{len(paths) - 1}-more"
+    if is_default and name == _SHIPPED:
+        name += "-text"
     return name if is_default or name == recipe else f"{recipe}-{name}"
