@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
     """A mistake in what was asked for: the command line prints it on one line and exits with 2."""
+
+    # raised while TensorFlow traces or a Keras layer is called, it stays the sentence that it is
+    ag_pass_through = True
+    _keras_call_info_injected = True
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -15,3 +22,20 @@ def suggest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+
+
+def known_arguments(cls: type) -> type:
+    """A class whose constructor says which argument an unknown one may have been meant for."""
+    init = cls.__init__
+    known = list(inspect.signature(init).parameters)[1:]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                what = type(self).__name__
+                raise UserError(f"{what} has no argument {name!r}.{suggest(name, known)}")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked
+    return cls

@@ -28,6 +28,7 @@ from tf_gptopt._keras import keras
 from tf_gptopt._tokenizer import TOKENIZER_FILE, Tokenizer
 from tf_gptopt.models import huggingface
 from tf_gptopt.models.config import GPTConfig
+from tf_gptopt.models.finite import check_finite
 from tf_gptopt.models.gpt import GPTModel, require_gpt
 from tf_gptopt.models.safetensors_file import read_tensors, write_tensors
 
@@ -169,8 +170,8 @@ def save_model(
         extra: more keys for config.json, JSON values.
 
     Raises:
-        UserError: for a wrapped model, a tokenizer with more tokens than the model has, an
-            unwritable folder and a full disk.
+        UserError: for a wrapped model, weights that are NaN or infinite, a tokenizer with more
+            tokens than the model has, an unwritable folder and a full disk.
     """
     weights = named_weights(model)
     config = {
@@ -267,6 +268,7 @@ def _save_folder(
     metadata: dict[str, str],
 ) -> None:
     folder = Path(folder)
+    check_finite(weights)
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -335,6 +337,7 @@ def _build(
 ) -> GPTModel:
     model = GPTModel.from_gpt_config(shape)
     try:
+        check_finite(weights)
         assign_weights(model, weights)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
-from tf_gptopt._errors import UserError, suggest
+from tf_gptopt._errors import UserError, known_arguments, suggest
 
 PerBlock = int | tuple[int, ...]
 
 
+@known_arguments
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
     """The shape of a GPT-2 style decoder (Radford et al. 2019).
@@ -20,7 +22,8 @@ class GPTConfig:
         num_layers: number of blocks.
         num_heads: attention heads, one number or one per block.
         intermediate_dim: neurons of the MLP, one number or one per block; default 4 x width.
-        head_dim: width of one head; default embedding_dim / num_heads.
+        head_dim: width of one head; default embedding_dim // num_heads, with a warning
+            where that leaves a rest.
         max_sequence_length: rows of the learned position table, the longest context.
         dropout: rate after the embeddings, in attention and after each residual branch.
         layer_norm_epsilon: added to the variance in every LayerNorm.
@@ -57,14 +60,21 @@ class GPTConfig:
                     )
                 heads = heads[0]
             _check_positive("num_heads", heads)
-            if self.embedding_dim % heads:
-                near = max(n for n in range(1, heads + 1) if self.embedding_dim % n == 0)
+            if heads > self.embedding_dim:
                 raise UserError(
-                    f"num_heads must divide embedding_dim, or head_dim must be given. Received: "
-                    f"num_heads={heads}, embedding_dim={self.embedding_dim}. "
-                    f"num_heads={near} would do."
+                    "A head is embedding_dim // num_heads wide, and that must be at least 1. "
+                    f"Received: num_heads={heads}, embedding_dim={self.embedding_dim}."
                 )
             set_field(self, "head_dim", self.embedding_dim // heads)
+            if self.embedding_dim % heads:
+                near = max(n for n in range(1, heads + 1) if self.embedding_dim % n == 0)
+                warnings.warn(
+                    f"num_heads={heads} does not divide embedding_dim={self.embedding_dim}: the "
+                    f"heads are {self.head_dim} wide, {heads * self.head_dim} together. "
+                    f"num_heads={near} would use all of it; head_dim={self.head_dim} says that "
+                    "this is meant.",
+                    stacklevel=4,
+                )
         _check_positive("head_dim", self.head_dim)
         if self.intermediate_dim is None:
             set_field(self, "intermediate_dim", 4 * self.embedding_dim)

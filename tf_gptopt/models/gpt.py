@@ -8,9 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from tf_gptopt._errors import UserError
-from tf_gptopt._keras import keras
+from tf_gptopt._errors import UserError, known_arguments
+from tf_gptopt._keras import keras, refuse_hdf5, tell_keras3
+from tf_gptopt.models.compile_checks import compile_arguments
 from tf_gptopt.models.config import GPTConfig, PerBlock, preset
+from tf_gptopt.models.fit_checks import (
+    check_callbacks,
+    check_ids,
+    check_labels,
+    warn_of,
+    watch_labels,
+)
 from tf_gptopt.models.graph_errors import ReadableErrors
 from tf_gptopt.models.layers import (
     CausalSelfAttention,
@@ -29,6 +37,7 @@ from tf_gptopt.models.token_means import average_over_tokens
 
 
 @register
+@known_arguments
 class GPTModel(ReadableErrors, keras.Model):
     """A decoder-only Transformer (GPT-2: pre-LN, learned positions, gelu_new, tied logits).
 
@@ -168,18 +177,69 @@ class GPTModel(ReadableErrors, keras.Model):
         self._recompute = bool(value)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        check_ids(inputs)
         if self.recompute and training is True:
             return recomputing(self)(inputs)
         return super().call(inputs, training=training, mask=mask)
 
-    def compile(self, *args: Any, sampler: Any = None, **kwargs: Any) -> None:
-        """`keras.Model.compile`, with the sampler that `generate` uses by default."""
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        metrics: Any = None,
+        loss_weights: Any = None,
+        weighted_metrics: Any = None,
+        *,
+        sampler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """`keras.Model.compile`, with the sampler that `generate` uses by default.
+
+        A cross-entropy that is only named is the one from logits.
+
+        Raises:
+            UserError: for a loss or a metric that takes probabilities, and objects of Keras 3.
+        """
+        checked = compile_arguments(optimizer, loss, metrics, weighted_metrics)
         if sampler is not None:
             from tf_gptopt.models.sampling import get_sampler
 
             self.sampler = get_sampler(sampler)
-        super().compile(*args, **kwargs)
+        super().compile(**checked, loss_weights=loss_weights, **kwargs)
         average_over_tokens(self)
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: Any = "auto",
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
+        """`keras.Model.fit`, which warns of labels that are the inputs and of a hopeless loss."""
+        check_callbacks(callbacks)
+        x = watch_labels(x, y)
+        history = super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
+        warn_of(history.history.get("loss"), self)
+        return history
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None
+    ) -> Any:
+        check_labels(y, y_pred, self.loss)
+        return super().compute_loss(x, y, y_pred, sample_weight)
+
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """`keras.Model.save`, as .keras or SavedModel.
+
+        Raises:
+            UserError: for HDF5, which Keras writes and cannot read again.
+        """
+        refuse_hdf5(filepath, args[1] if len(args) > 1 else kwargs.get("save_format"))
+        super().save(filepath, *args, **kwargs)
+        tell_keras3(_REGISTERED)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras leaves this out when it loads a model that has a `compile` of its own
@@ -223,6 +283,10 @@ class GPTModel(ReadableErrors, keras.Model):
                 importlib.import_module(layer["module"])
         model = keras.Model.from_config(config, custom_objects)
         return wrap_graph(model, GPTConfig.from_dict(shape))
+
+
+_REGISTERED = keras.saving.get_registered_name(GPTModel)
+tell_keras3(_REGISTERED)
 
 
 def build_graph(config: GPTConfig) -> tuple[Any, Any]:

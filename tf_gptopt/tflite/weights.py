@@ -13,13 +13,13 @@ from tf_gptopt.compression.quantization.grids import Grid, activation_scale
 from tf_gptopt.compression.quantization.rounding import (
     POSITIONS,
     as_float16,
-    check_finite,
     layer_grid,
     position_grid,
     round_positions,
     shared_peaks,
 )
 from tf_gptopt.models.config import GPTConfig
+from tf_gptopt.models.finite import check_finite
 from tf_gptopt.models.folding import fold_layer_norms
 from tf_gptopt.tflite.attention import FIXED
 from tf_gptopt.tflite.flatbuffer import Model

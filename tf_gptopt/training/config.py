@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from tf_gptopt._errors import UserError, suggest
+from tf_gptopt._errors import UserError, known_arguments, suggest
 from tf_gptopt.training.parallel.mesh import Mesh
 
 SCHEDULES = ("constant", "cosine", "linear", "plateau", "wsd")
@@ -15,6 +15,7 @@ ON_THE_WAY = ("checkpoint_every", "log_every", "profile", "tensorboard", "recomp
 PRECISIONS = ("auto", "float32", "graph_bfloat16", "mixed_bfloat16", "mixed_float16")
 
 
+@known_arguments
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A training run.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from tf_gptopt._errors import UserError
+from tf_gptopt._errors import UserError, known_arguments
 from tf_gptopt.compression.distillation.losses import (
     AttentionMaps,
     HiddenStates,
@@ -16,6 +16,7 @@ from tf_gptopt.compression.distillation.losses import (
 )
 
 
+@known_arguments
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """Knowledge distillation as plain values (Hinton et al. 2015, arXiv:1503.02531).

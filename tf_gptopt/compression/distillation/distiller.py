@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_gptopt._errors import UserError
+from tf_gptopt._errors import UserError, known_arguments
 from tf_gptopt._keras import keras
 from tf_gptopt.compression.distillation.cache import CachedTeacher
 from tf_gptopt.compression.distillation.config import DistillConfig, check_alpha
@@ -21,6 +21,7 @@ from tf_gptopt.compression.distillation.teachers import (
     check_same_tokens,
     teacher_shares,
 )
+from tf_gptopt.models.compile_checks import compile_arguments
 from tf_gptopt.models.fused import CrossEntropy
 from tf_gptopt.models.gpt import GPTModel, is_wrapped, require_gpt
 from tf_gptopt.models.graph_errors import ReadableErrors
@@ -35,6 +36,7 @@ from tf_gptopt.models.token_means import (
 )
 
 
+@known_arguments
 class Distiller(ReadableErrors, keras.Model):
     """Trains `student` on the labels and on what `teacher` thinks of every token.
 
@@ -116,9 +118,27 @@ class Distiller(ReadableErrors, keras.Model):
         self.alpha = alpha
         self.built = True  # the student is
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """`keras.Model.compile`; `loss` is the one on labels."""
-        super().compile(*args, **kwargs)
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        metrics: Any = None,
+        loss_weights: Any = None,
+        weighted_metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """`keras.Model.compile`; the loss is the one on the labels, and has to be given.
+
+        Raises:
+            UserError: without a loss, and as `GPTModel.compile`.
+        """
+        if loss is None:
+            raise UserError(
+                "A Distiller needs a loss on the labels beside what the teacher says, for its share"
+                " 1 - alpha and for the logs. Write compile(optimizer, loss=NextTokenLoss())."
+            )
+        checked = compile_arguments(optimizer, loss, metrics, weighted_metrics)
+        super().compile(**checked, loss_weights=loss_weights, **kwargs)
         average_over_tokens(self)
 
     @property

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
-from tf_gptopt._errors import UserError, suggest
+from tf_gptopt._errors import UserError, known_arguments, suggest
 
 SCHEDULES = ("polynomial", "cubic", "constant", "adaptive")
 SCORES = ("random", "magnitude", "gradient", "taylor", "wanda", "sparsegpt")
@@ -17,6 +17,7 @@ SCOPES = ("layer", "output", "global")
 BLOCK_KERNELS = ("block_*_qkv", "block_*_proj", "block_*_fc", "block_*_out")
 
 
+@known_arguments
 @dataclasses.dataclass(frozen=True)
 class PruneConfig:
     """What `prune` does to a model, and by which schedule.

@@ -20,6 +20,7 @@ from tf_gptopt.compression.pruning.schedules import AdaptiveSparsity, make_sched
 from tf_gptopt.compression.pruning.scores import MEASURED, Measurement
 from tf_gptopt.compression.pruning.sparsegpt import solve
 from tf_gptopt.compression.pruning.wrapper import PruneLowMagnitude, wrappers
+from tf_gptopt.models.finite import check_finite
 from tf_gptopt.models.gpt import GPTModel, require_gpt
 
 
@@ -62,6 +63,7 @@ def prune(
     """
     config = PruneConfig() if config is None else config
     chosen = _choose_layers(require_gpt(model), config)
+    check_finite({weight.name.partition(":")[0]: weight.numpy() for weight in model.weights})
     ids = _calibration_for(model, config, calibration)
     schedule = make_schedule(config)
     if config.score == "sparsegpt":

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from tf_gptopt._errors import UserError, suggest
+from tf_gptopt._errors import UserError, known_arguments, suggest
 
 if TYPE_CHECKING:
     from tf_gptopt.models.config import GPTConfig
@@ -45,6 +45,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _LARGE_CACHE = 8 * 2**20
 
 
+@known_arguments
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
     """What is quantized, and to what. Needs no TensorFlow.

@@ -27,13 +27,13 @@ from tf_gptopt.compression.quantization.copying import plain_copy
 from tf_gptopt.compression.quantization.gptq import quantize_blocks, quantize_table, solves_table
 from tf_gptopt.compression.quantization.ranges import Ranges, calibrate_ranges
 from tf_gptopt.compression.quantization.rounding import (
-    check_finite,
     is_rounded,
     quantizable_layers,
     round_weights,
 )
 from tf_gptopt.compression.quantization.smoothing import smooth
 from tf_gptopt.models.checkpoints import assign_weights, named_weights
+from tf_gptopt.models.finite import check_finite
 from tf_gptopt.models.folding import fold_layer_norms
 from tf_gptopt.models.gpt import GPTModel, require_gpt
 

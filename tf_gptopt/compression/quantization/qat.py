@@ -55,6 +55,7 @@ from tf_gptopt.compression.quantization.wrapping import (
     quantization,
 )
 from tf_gptopt.models.checkpoints import assign_weights, named_weights, weight_shapes
+from tf_gptopt.models.finite import check_finite
 from tf_gptopt.models.folding import fold_layer_norms
 from tf_gptopt.models.gpt import GPTModel, require_gpt
 from tf_gptopt.models.layers import (
@@ -103,6 +104,7 @@ def quantize_aware(
     """
     config = QuantConfig() if config is None else config
     weights = named_weights(require_gpt(model))
+    check_finite(weights)
     names = _names_to_quantize(weights, config)
     config = config.for_model(model.config)
     if learned_ranges and any(config.group_of(name) == "global" for name in names):

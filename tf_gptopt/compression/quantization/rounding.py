@@ -23,16 +23,6 @@ TABLE = "token_embedding/embeddings"
 POSITIONS = "position_embedding/embeddings"
 
 
-def check_finite(weights: Mapping[str, np.ndarray]) -> None:
-    """Raise a `UserError` for a weight that is NaN or infinite."""
-    for name, array in weights.items():
-        if not np.isfinite(array).all():
-            raise UserError(
-                f"Weight {name!r} holds NaN or infinity: the model has diverged. "
-                "Take an earlier checkpoint."
-            )
-
-
 def quantizable_layers(weights: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Layers whose matrices can be integers, and their matrices' names, in the model's order:
     `{"token_embedding": "token_embedding/embeddings", "block_0_qkv": "block_0_qkv/kernel", ...}`.

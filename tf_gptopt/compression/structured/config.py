@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from tf_gptopt._errors import UserError, suggest
+from tf_gptopt._errors import UserError, known_arguments, suggest
 from tf_gptopt.models.config import GPTConfig, PerBlock
 
 AXES = ("heads", "neurons", "layers", "width")
@@ -14,6 +14,7 @@ IMPORTANCES = ("activation", "taylor")
 _SHAPE = ("layers", "num_heads", "intermediate_dim", "embedding_dim")
 
 
+@known_arguments
 @dataclasses.dataclass(frozen=True)
 class ShrinkConfig:
     """What `shrink` leaves of a model: a budget, or a shape.

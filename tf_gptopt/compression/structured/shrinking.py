@@ -19,6 +19,7 @@ from tf_gptopt.compression.structured.surgery import Units, all_units, extract
 from tf_gptopt.models.checkpoints import named_weights
 from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.models.counting import token_flops, weight_count
+from tf_gptopt.models.finite import check_finite
 from tf_gptopt.models.gpt import GPTModel, require_gpt
 
 
@@ -76,6 +77,7 @@ def shrink(
             "TokenDataset. A number of layers alone needs none."
         )
     model = strip_pruning(model)
+    check_finite(named_weights(model))
     ranks = config.needs_calibration or isinstance(config.layers, int)
     if calibration is None or not ranks:
         kept = all_units(model.config)

@@ -50,6 +50,7 @@ import tensorflow as tf
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
 from tf_gptopt.models.checkpoints import assign_weights, named_weights
+from tf_gptopt.models.compile_checks import compile_arguments
 from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.models.fused import PLAIN
 from tf_gptopt.models.gpt import GPTModel, require_gpt
@@ -159,7 +160,9 @@ class ShardedGPT(ReadableErrors, keras.Model):
             super().compile(optimizer, _TokenLosses.from_config(loss.get_config()), **kwargs)
             self.loss = loss
         else:
-            super().compile(optimizer, loss, **kwargs)
+            weighted = kwargs.pop("weighted_metrics", None)
+            checked = compile_arguments(optimizer, loss, kwargs.pop("metrics", None), weighted)
+            super().compile(**checked, **kwargs)
         average_over_tokens(self)
 
     @as_written
