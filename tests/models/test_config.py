@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -11,7 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tf_gptopt._errors import UserError
+from tf_gptopt.compression.distillation.config import DistillConfig
+from tf_gptopt.compression.pruning.config import PruneConfig
+from tf_gptopt.compression.quantization.config import QuantConfig
+from tf_gptopt.compression.structured.config import ShrinkConfig
 from tf_gptopt.models.config import PRESETS, GPTConfig, preset
+from tf_gptopt.training.config import TrainConfig
 
 
 def test_defaults_follow_gpt2() -> None:
@@ -63,7 +69,7 @@ def test_json_round_trip(shape: Any, vocab_size: int, head_dim: int, tied: bool)
         ({"num_layers": -1}, "num_layers must be a positive integer"),
         ({"embedding_dim": 2.5}, "embedding_dim must be a positive integer"),
         ({"max_sequence_length": True}, "max_sequence_length must be a positive integer"),
-        ({"num_heads": 7}, r"num_heads=7, embedding_dim=32\. num_heads=4 would do"),
+        ({"num_heads": 33}, r"at least 1\. Received: num_heads=33, embedding_dim=32"),
         ({"num_heads": (4, 4, 4)}, r"one per block \(num_layers=2\)"),
         ({"num_heads": (4, 2)}, "head_dim is needed"),
         ({"intermediate_dim": (1, 2, 3)}, "intermediate_dim must be one number"),
@@ -76,6 +82,32 @@ def test_impossible_shapes(changes: dict[str, Any], message: str) -> None:
     shape = {"vocab_size": 100, "embedding_dim": 32, "num_layers": 2, "num_heads": 4}
     with pytest.raises(UserError, match=message):
         GPTConfig(**{**shape, **changes})
+
+
+def test_heads_that_do_not_divide_the_width_get_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"42 wide, 252 together\. num_heads=4 would"):
+        config = GPTConfig(5000, 256, 4, 6)
+    assert (config.head_dim, config.num_heads) == (42, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert GPTConfig.from_dict(config.to_dict()) == config  # it says its head_dim
+        GPTConfig(5000, 256, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("cls", "wrong", "right"),
+    [
+        (GPTConfig, "num_layer", "num_layers"),
+        (PruneConfig, "sparsty", "sparsity"),
+        (QuantConfig, "weight", "weights"),
+        (ShrinkConfig, "layer", "layers"),
+        (DistillConfig, "temprature", "temperature"),
+        (TrainConfig, "learning_rat", "learning_rate"),
+    ],
+)
+def test_unknown_arguments_are_named(cls: type, wrong: str, right: str) -> None:
+    with pytest.raises(UserError, match=rf"{cls.__name__} has no argument '{wrong}'.*'{right}'"):
+        cls(**{wrong: 1})
 
 
 def test_unknown_keys_are_named() -> None:

@@ -167,10 +167,11 @@ def doubt(loss: float, vocab_size: int) -> str | None:
     return None
 
 
-def warn_of(losses: Any, model: Any) -> None:
-    """Warn where the last of `losses`, of a `fit`, says that `model` has learnt nothing."""
-    if losses and takes_ids(model.loss):
-        found = doubt(float(losses[-1]), model.config.vocab_size)
+def warn_of(loss: Any, model: Any) -> None:
+    """Warn where the last loss of a `fit` says that `model` has learnt nothing."""
+    config = getattr(getattr(model, "student", model), "config", None)
+    if loss is not None and config is not None and takes_ids(model.loss):
+        found = doubt(float(loss), config.vocab_size)
         if found:
             warnings.warn(found, stacklevel=3)
 

@@ -222,7 +222,7 @@ class GPTModel(ReadableErrors, keras.Model):
         check_callbacks(callbacks)
         x = watch_labels(x, y)
         history = super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
-        warn_of(history.history.get("loss"), self)
+        warn_of(history.history.get("loss", [None])[-1], self)
         return history
 
     def compute_loss(
