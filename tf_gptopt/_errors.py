@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,14 @@ def suggest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+
+
+def reason_of(error: BaseException) -> str:
+    """What the system said went wrong, in its words alone: without the names of files, and of
+    TensorFlow's nodes and operations."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    said = getattr(error, "strerror", None) or lines[0]
+    return re.sub(r"\{\{.*?\}\}|\[Op:\w+\]", "", said).rpartition("; ")[2].strip()
 
 
 def known_arguments(cls: type) -> type:

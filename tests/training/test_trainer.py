@@ -263,7 +263,9 @@ def test_a_full_disk_is_said_and_the_checkpoints_stay(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
 
     try:
-        with pytest.raises(UserError, match=r"step 15 could not be written.*Free some space"):
+        with pytest.raises(
+            UserError, match=r"step 15 could not be written to \S+ \(File too large\)\. Free"
+        ):
             fit(build(), Counting(), CONFIG, tmp_path, [At(12, fill)], quiet)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -22,7 +22,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_gptopt._errors import UserError
+from tf_gptopt._errors import UserError, reason_of
 from tf_gptopt._files import read_json, sync, write_json
 from tf_gptopt.training.cluster import Alone
 
@@ -112,7 +112,7 @@ class Checkpoints:
         except (OSError, tf.errors.OpError) as error:
             raise UserError(
                 f"The checkpoint of step {step} could not be written to {self.folder} "
-                f"({str(error).splitlines()[0]}). Free some space there; the same call then goes "
+                f"({reason_of(error)}). Free some space there; the same call then goes "
                 "on from the newest checkpoint."
             ) from None
         finally:
@@ -154,7 +154,7 @@ class Checkpoints:
         except tf.errors.OpError as error:
             raise UserError(
                 f"Worker {self._workers.index} cannot read {self._path(step)}, which worker 0 has "
-                f"found whole ({error.message.splitlines()[0]}). The folder has to lie on a file "
+                f"found whole ({reason_of(error)}). The folder has to lie on a file "
                 "system that all workers see."
             ) from None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_gptopt._errors import UserError
+from tf_gptopt._errors import UserError, reason_of
 from tf_gptopt._keras import keras
 from tf_gptopt.training.callbacks import Progress
 from tf_gptopt.training.flops import Utilisation
@@ -106,7 +106,7 @@ class Monitor(keras.callbacks.Callback):
             except (OSError, tf.errors.OpError) as error:
                 raise UserError(
                     f"The folder {self.log_dir} for TensorBoard cannot be written "
-                    f"({str(error).splitlines()[0]}). Choose another one or mend its permissions."
+                    f"({reason_of(error)}). Choose another one or mend its permissions."
                 ) from None
         with self._writer.as_default():
             for name, value in {**scalars, **optimizer_scalars(self.model.optimizer)}.items():
