@@ -152,6 +152,22 @@ def test_objects_of_keras_3_are_named(model: GPTModel) -> None:
         model.fit(X, Y, callbacks=[keras3.callbacks.EarlyStopping()], verbose=0)
 
 
+def test_tensorboard_is_an_extra(
+    model: GPTModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tf_gptopt.models.fit_checks.find_spec", lambda name: None)
+    model.compile(loss=NextTokenLoss())
+    with pytest.raises(UserError, match=r"pip install tensorboard.*Monitor\(log_dir\)"):
+        model.fit(X, Y, callbacks=[keras.callbacks.TensorBoard(tmp_path)], verbose=0)
+
+
+def test_a_shape_that_has_the_name_of_a_checkpoint_says_so(recwarn: Any) -> None:
+    GPTModel.from_preset("tiny", num_layers=1)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"weights are random.*openai-community/gpt2-medium "):
+        GPTModel.from_preset("gpt2-medium", embedding_dim=16, num_layers=1, vocab_size=50)
+
+
 def test_keras_3_says_whose_file_it_is(model: GPTModel, tmp_path: Path) -> None:
     keras3 = pytest.importorskip("keras", "3")
     model.save(tmp_path / "model.keras")

@@ -7,6 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -92,9 +93,14 @@ def check_labels(labels: Any, logits: Any, loss: Any) -> None:
 
 
 def check_callbacks(callbacks: Any) -> None:
-    """Raise a `UserError` for callbacks of Keras 3."""
+    """Raise a `UserError` for callbacks of Keras 3, and for TensorBoard's without TensorBoard."""
     for callback in callbacks if isinstance(callbacks, Iterable) else [callbacks]:
         refuse_keras3(callback, "callback")
+        if isinstance(callback, keras.callbacks.TensorBoard) and not find_spec("tensorboard"):
+            raise UserError(
+                "The callback TensorBoard needs the package of that name: pip install tensorboard. "
+                "tf_gptopt.Monitor(log_dir) writes loss, learning rate and speed without it."
+            )
 
 
 def takes_ids(loss: Any) -> bool:

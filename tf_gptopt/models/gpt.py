@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import warnings
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,6 @@ class GPTModel(ReadableErrors, keras.Model):
         A folder may be one that `save_to_preset` wrote or a Hugging Face GPT-2 checkpoint. The
         names of published models stand for their shapes alone, and a warning says so.
         """
-        import warnings
         from pathlib import Path
 
         if Path(name_or_folder).is_dir():

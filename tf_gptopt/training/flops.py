@@ -44,7 +44,7 @@ class Utilisation:
 
     Attributes:
         flops: of one token, forward and backward; 0 for a model without a Dense layer.
-        peak: FLOP/s of all processors that train it together.
+        peak: FLOP/s of all processors that train it together; raised by a training that does more.
         why: where the peak comes from.
     """
 
