@@ -106,7 +106,9 @@ def evaluate(
         prompts = held_out_prompts(dataset)
         target = TFLiteGPT(candidates[-1].source, threads=threads)
         speculative = measure_draft(target, draft, prompts, name=candidates[-1].name)
-    return Report(tuple(rows), scored, recommended, why, speculative)
+    valid = dataset.info.valid
+    ratio = valid.text_bytes / valid.tokens
+    return Report(tuple(rows), scored, recommended, why, speculative, ratio or None)
 
 
 def held_out_prompts(dataset: TokenDataset, count: int = 8) -> list[np.ndarray]:

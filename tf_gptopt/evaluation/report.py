@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,8 @@ class Report:
         recommended: the name of the file to ship, or None where no file is good enough.
         why: the reason, with the factors.
         speculative: what a draft makes of the last model's speed, where one was measured.
+        bytes_per_token: of the held-out text, in UTF-8; what a model says of a byte can be compared
+            over tokenizers.
     """
 
     rows: tuple[Row, ...]
@@ -54,6 +57,13 @@ class Report:
     recommended: str | None
     why: str
     speculative: DraftSpeed | None = None
+    bytes_per_token: float | None = None
+
+    def bits_per_byte(self, row: Row) -> float | None:
+        """The loss of a row in bits per byte of text; None where the bytes are not known."""
+        if not self.bytes_per_token:
+            return None
+        return row.loss / math.log(2) / self.bytes_per_token
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -97,25 +107,64 @@ def recommend(rows: Sequence[Row], tolerance: float) -> tuple[str | None, str]:
 
 
 def rich_table(report: Report) -> Any:
-    """The report as a `rich.table.Table`."""
+    """The report as a `rich.table.Table` of at most 80 columns; `markdown` says all of it."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=f"Measured on {report.tokens:,} held-out tokens")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "model" else "right")
+    compared: dict[str, list[str]] = {}
+    for row in report.rows:
+        if row.reference is not None:
+            compared.setdefault(row.reference, []).append(row.name)
+    agrees = "; ".join(f"{', '.join(names)} with {other}" for other, names in compared.items())
+    table = Table(
+        title=f"Measured on {report.tokens:,} held-out tokens",
+        caption=f"agrees: same likeliest token; {agrees}" if agrees else None,
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("model", *_NARROW):
+        is_name = column == "model"
+        table.add_column(
+            column,
+            justify="left" if is_name else "right",
+            overflow="fold",
+            max_width=11 if is_name else None,
+            no_wrap=not is_name,
+        )
     for row in report.rows:
         style = "bold green" if row.name == report.recommended else None
-        table.add_row(*cells(row), style=style)
+        table.add_row(*narrow_cells(row), style=style)
     return table
+
+
+_NARROW = ("params", "non-zero", "file", "gzip", "perplexity", "agrees", "tokens/s")
+
+
+def narrow_cells(row: Row) -> list[str]:
+    """A row's texts for a terminal: its name, then those of `_NARROW`."""
+    return [
+        row.name,
+        human_count(row.size.parameters),
+        human_count(row.size.nonzero),
+        human_bytes(row.size.bytes),
+        human_bytes(row.size.gzip_bytes),
+        f"{row.perplexity:,.2f}",
+        "" if row.agreement is None else f"{row.agreement:.1%}",
+        f"{row.speed.decode:,.0f}",
+    ]
 
 
 def markdown(report: Report, title: str) -> str:
     """The report as a Markdown page."""
-    lines = [f"# {title}", "", "| " + " | ".join(COLUMNS) + " |"]
-    lines.append("| --- " + "| ---: " * (len(COLUMNS) - 1) + "|")
+    columns = [*COLUMNS, *(["bits/byte"] if report.bytes_per_token else [])]
+    lines = [f"# {title}", "", "| " + " | ".join(columns) + " |"]
+    lines.append("| --- " + "| ---: " * (len(columns) - 1) + "|")
     for row in report.rows:
         mark = "**" if row.name == report.recommended else ""
         name, *rest = cells(row)
+        if report.bytes_per_token:
+            rest.append(f"{report.bits_per_byte(row):.3f}")
         lines.append("| " + " | ".join([f"{mark}{name}{mark}", *rest]) + " |")
     speed = report.rows[0].speed
     lines += ["", f"Recommended: {report.why}", ""]
@@ -166,6 +215,13 @@ def write_report(report: Report, folder: str | os.PathLike, title: str) -> None:
     """Write report.json and report.md to `folder`, each atomically."""
     write_json(Path(folder) / "report.json", report.to_dict())
     write_text(Path(folder) / "report.md", markdown(report, title))
+
+
+def human_count(count: int) -> str:
+    """1,234,567 -> `1.23 M`."""
+    if count < 1_000_000:
+        return f"{count / 1e3:.0f} k"
+    return f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
 
 
 def human_bytes(count: int) -> str:

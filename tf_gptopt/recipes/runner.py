@@ -24,7 +24,7 @@ from typing import Any
 
 from tf_gptopt._clock import clock
 from tf_gptopt._errors import UserError
-from tf_gptopt._files import read_json, write_bytes, write_json
+from tf_gptopt._files import read_json, write_bytes, write_json, write_text
 from tf_gptopt._startup import load_tensorflow
 from tf_gptopt._version import __version__
 from tf_gptopt.compression.quantization.config import QuantConfig
@@ -33,6 +33,7 @@ from tf_gptopt.data.files import file_kind
 from tf_gptopt.recipes.console import Console
 from tf_gptopt.recipes.places import model_place
 from tf_gptopt.recipes.recipe import Recipe, plain
+from tf_gptopt.recipes.run_page import Sample, held_out_sample, run_page
 from tf_gptopt.recipes.sections import CorpusSection, ExportSection
 from tf_gptopt.recipes.shapes import check_recipe, check_stage
 from tf_gptopt.recipes.speak import SAMPLING, say, stream_completion
@@ -127,8 +128,14 @@ def run_recipe(
         console.note(report.why)
         if report.speculative:
             console.note(report.speculative.in_words())
+        file = out / "export" / "model.tflite"
         console.note(f"{clock(time.monotonic() - began)} in all; everything is in {out}")
-        show_completion(out / "export" / "model.tflite", recipe, console)
+        if report.recommended == "export":
+            console.note(f"[bold green]the file to ship: {file}[/]")
+        prompt = recipe.evaluate.prompt
+        sample = Sample(prompt) if prompt else held_out_sample(out / "dataset")
+        sample = show_completion(file, sample, recipe.seed, console)
+        write_text(out / "report.md", run_page(out, sample))
     return report
 
 
@@ -327,16 +334,19 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def show_completion(path: Path, recipe: Recipe, console: Console, tokens: int = 80) -> None:
-    """Let the finished file speak, token by token."""
-    prompt = recipe.evaluate.prompt
-    console.heading("generate", f"{path} completes {prompt!r}:")
+def show_completion(path: Path, sample: Sample, seed: int, console: Console) -> Sample:
+    """Let the finished file speak, token by token; returns the sample with what it said."""
+    is_held_out = sample.following is not None
+    what = "the beginning of a held-out text" if is_held_out else repr(sample.prompt)
+    console.heading("generate", f"{path} completes {what}:")
     pieces = stream_completion(
         path,
-        prompt,
-        max_new_tokens=tokens,
-        seed=recipe.seed,
+        sample.prompt,
+        max_new_tokens=80,
+        seed=seed,
         overflow="slide",  # a prompt beyond a short context is no reason to fail at the very end
         **SAMPLING,
     )
-    say(prompt, pieces)
+    said: list[str] = []
+    say(sample.prompt, (said.append(piece) or piece for piece in pieces))
+    return dataclasses.replace(sample, said="".join(said))

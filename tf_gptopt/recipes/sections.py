@@ -320,14 +320,15 @@ class EvaluateSection:
         threads: processor threads; default all.
         tolerance: how much worse than the teacher's perplexity a recommended file may be
             (0.1 = 10%).
-        prompt: what the finished file is asked to complete.
+        prompt: what the finished file is asked to complete; default the beginning of a text that
+            was held out.
     """
 
     tokens: int = 32768
     speed_tokens: int = 64
     threads: int | None = None
     tolerance: float = 0.1
-    prompt: str = "def __init__(self"
+    prompt: str | None = None
 
     def __post_init__(self) -> None:
         _check_least("tokens", self.tokens, 1)

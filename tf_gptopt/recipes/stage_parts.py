@@ -20,6 +20,7 @@ from tf_gptopt.data.dataset import TokenDataset
 from tf_gptopt.models.checkpoints import save_model
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.recipes.console import Console
+from tf_gptopt.recipes.loss_log import LossLog
 from tf_gptopt.training import trainer
 from tf_gptopt.training.cluster import Alone, leads
 from tf_gptopt.training.config import TrainConfig
@@ -102,6 +103,10 @@ def fit(
 ) -> Metrics:
     """Train with checkpoints in `out`/checkpoints, from the newest one if there is any."""
     config = dataclasses.replace(config, seed=seed + config.seed)
+    report = console.step
+    if leads():
+        goes_on = any((out / CHECKPOINTS).glob("step-*"))
+        report = LossLog(out, goes_on, report)
     try:
         history = trainer.fit(
             model,
@@ -109,7 +114,7 @@ def fit(
             config,
             checkpoint_dir=out / CHECKPOINTS,
             callbacks=callbacks,
-            on_progress=console.step,
+            on_progress=report,
         )
     finally:
         console.close()
