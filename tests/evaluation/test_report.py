@@ -1,5 +1,6 @@
 """The report: what it recommends and why, and that its three forms say the same."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,8 +12,10 @@ from tf_gptopt.evaluation.report import (
     cells,
     human_bytes,
     markdown,
+    narrow_cells,
     recommend,
     rich_table,
+    three_digits,
 )
 from tf_gptopt.evaluation.size import Size
 from tf_gptopt.evaluation.speed import Speed
@@ -63,15 +66,48 @@ def test_all_forms_say_the_same(report):
     for item in ROWS:
         for cell in cells(item):
             assert cell in page
+        for cell in narrow_cells(item):
             assert cell in table
     assert "| **small** |" in page
     assert "4,096 held-out tokens" in page
 
 
+@pytest.mark.parametrize("width", [80, 150])
+def test_the_table_fits_a_terminal(width):
+    """The widest numbers and names of a run, and paths as `evaluate` has them."""
+    names = ("train", "quantize", "saved_models/python/export/model.tflite")
+    size = Size(124_439_808, 124_439_808, 497_759_232, 462_345_678)
+    rows = [
+        Row(name, "keras", size, Speed(12_345.0, 1e5, 32, 2), 9.1, 12_345.67, 1.0, "train")
+        for name in names
+    ]
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(rich_table(Report(tuple(rows), 32768, "quantize", "why")))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    (line,) = [line for line in lines if "quantize" in line and "12,345.67" in line]
+    assert line.split()[1:9] == ["124", "M", "124", "M", "498", "MB", "462", "MB"]
+
+
+def test_bits_per_byte_follow_from_the_loss(report):
+    assert report.bits_per_byte(ROWS[0]) is None
+    assert "bits/byte" not in markdown(report, "Title")
+    known = dataclasses.replace(report, bytes_per_token=4.0)
+    assert known.bits_per_byte(ROWS[0]) == pytest.approx(2.3 / 0.693147 / 4.0, rel=1e-5)
+    first = markdown(known, "Title").splitlines()[4]
+    assert first.startswith("| train |")
+    assert first.endswith("| 0.830 |")
+
+
 def test_json_round_trip(report):
+    known = dataclasses.replace(report, bytes_per_token=4.0)
+    assert Report.from_dict(json.loads(json.dumps(known.to_dict()))) == known
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
 def test_human_bytes():
     assert human_bytes(1_234_567) == "1.23 MB"
     assert human_bytes(12_345) == "12 kB"
+    numbers = (345, 12_345, 999_999, 1_234_567, 99_960_000, 2.5e9)
+    expected = ["0.34 k", "12.3 k", "1.00 M", "1.23 M", "100 M", "2.50 G"]
+    assert [three_digits(number) for number in numbers] == expected

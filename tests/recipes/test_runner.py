@@ -117,6 +117,23 @@ def test_the_report_tells_what_the_stages_did(undisturbed):
     assert all(row["speed"]["decode"] > 0 for row in report["rows"])
 
 
+def test_the_page_tells_of_the_text_the_stages_and_what_the_file_says(undisturbed):
+    out, output = undisturbed
+    page = (out / "report.md").read_text()
+    data = json.loads((out / "dataset" / "metrics.json").read_text())
+    tokens = data["train"]["tokens"]
+    assert f"{tokens:,} tokens to train on" in page
+    assert f"The vocabulary has {data['vocab_size']} entries" in page
+    passes = 30 * 4 * 32 / tokens
+    assert f"| 30 | 3,840 | {passes:.2f} |" in page
+    assert "~~~text\ndef \n~~~\n\nsays" in page
+    said = page.partition("says\n\n~~~text\n")[2].partition("\n~~~")[0]
+    assert "def " + said in output
+    assert f"the file to ship: {out / 'export' / 'model.tflite'}" in output
+    steps = [line.split(",")[0] for line in (out / "train" / "losses.csv").read_text().splitlines()]
+    assert steps == ["step", "10", "20", "30"]
+
+
 def test_a_finished_run_is_not_run_again(undisturbed, inputs):
     out, _ = undisturbed
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name == "metrics.json"}

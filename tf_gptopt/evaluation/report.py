@@ -145,10 +145,10 @@ def narrow_cells(row: Row) -> list[str]:
     """A row's texts for a terminal: its name, then those of `_NARROW`."""
     return [
         row.name,
-        human_count(row.size.parameters),
-        human_count(row.size.nonzero),
-        human_bytes(row.size.bytes),
-        human_bytes(row.size.gzip_bytes),
+        three_digits(row.size.parameters),
+        three_digits(row.size.nonzero),
+        f"{three_digits(row.size.bytes)}B",
+        f"{three_digits(row.size.gzip_bytes)}B",
         f"{row.perplexity:,.2f}",
         "" if row.agreement is None else f"{row.agreement:.1%}",
         f"{row.speed.decode:,.0f}",
@@ -217,11 +217,13 @@ def write_report(report: Report, folder: str | os.PathLike, title: str) -> None:
     write_text(Path(folder) / "report.md", markdown(report, title))
 
 
-def human_count(count: int) -> str:
-    """1,234,567 -> `1.23 M`."""
-    if count < 1_000_000:
-        return f"{count / 1e3:.0f} k"
-    return f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
+def three_digits(count: float) -> str:
+    """1,234,567 -> `1.23 M`, 999,999 -> `1.00 M`."""
+    count, unit = count / 1e3, 0
+    while count >= 999.5 and unit < 2:
+        count, unit = count / 1e3, unit + 1
+    digits = 2 if count < 9.995 else 1 if count < 99.95 else 0
+    return f"{count:.{digits}f} {'kMG'[unit]}"
 
 
 def human_bytes(count: int) -> str:
