@@ -25,8 +25,8 @@ info = tgo.export_tflite(
 )
 print(f"{info.path}: {info.bytes:,} bytes")
 
-# On the device: `pip install --no-deps tf-gptopt && pip install ai-edge-litert numpy tokenizers`,
-# then copy the folder with model.tflite and tokenizer.json
+# On the device, which needs no TensorFlow (README.md has the lines that install tf-gptopt there):
+# copy the file, whose tokenizer is inside
 from tf_gptopt.tflite.runtime import TFLiteGPT  # noqa: E402  (this is where the device starts)
 
 gpt = TFLiteGPT(f"{folder}/edge/model.tflite", threads=2)

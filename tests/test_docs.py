@@ -43,6 +43,35 @@ def test_readme_prints_the_two_commands():
     ]
 
 
+def test_readme_makes_an_environment_that_pip_installs_into(tmp_path):
+    """The line before the first command, as printed: elsewhere Debian's Python refuses."""
+    line = blocks(README, "bash")[0].splitlines()[0]
+    python = tmp_path / "bin"
+    python.mkdir()
+    (python / "python3").symlink_to(sys.executable)
+    environment = {"HOME": str(tmp_path), "PATH": f"{python}:/usr/bin:/bin"}
+    done = subprocess.run(
+        ["bash", "-euc", f"{line}\ncommand -v pip"],
+        capture_output=True, text=True, env=environment, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "tf-gptopt-env" / "bin" / "pip")
+
+
+def test_nothing_is_installed_that_no_index_has():
+    """No index has tf-gptopt, and an extra in brackets is one of setup.cfg's."""
+    extras = set(re.findall(r"^(\w+) =$", (ROOT / "setup.cfg").read_text("utf-8"), re.M))
+    pages = [README, *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.*")]
+    found = {}
+    for page in pages:
+        for line in re.findall(r"pip install[^\n]*", page.read_text("utf-8")):
+            for command in re.findall(r"pip install([^`&|]*)", line):
+                words = command.replace("'", " ").split()
+                assert not {"tf-gptopt", "tf_gptopt"} & set(words), (page.name, command)
+                found |= dict.fromkeys(re.findall(r"\.\[([\w,]+)\]", command), page)
+    assert {"test", "cuda", "tensorboard"} <= found.keys() <= extras
+
+
 def test_readme_tree_is_real():
     (tree,) = [block for block in blocks(README, "text") if "tf_gptopt/" in block]
     for line in tree.splitlines():

@@ -19,12 +19,18 @@
 
 # %%
 import importlib.util
+import os
+from pathlib import Path
 
 if importlib.util.find_spec("tf_gptopt") is None:  # a fresh Colab
-    # %pip install -q tf-gptopt
-    print("installed")
-
-import os
+    wheels = sorted(map(str, Path().glob("tf_gptopt-*.whl")))
+    if not wheels:
+        raise SystemExit(
+            "No package index has tf-gptopt. Make its wheel in a copy of the repository, with "
+            "`pip wheel --no-deps --wheel-dir dist .`, upload dist/tf_gptopt-*.whl here (the "
+            "folder sign on the left) and run this cell again."
+        )
+    # %pip install -q {wheels[-1]}
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
