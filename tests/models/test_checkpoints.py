@@ -390,7 +390,7 @@ def test_bfloat16_weights(tmp_path: Path) -> None:
         ({"scale_attn_weights": False}, "scale_attn_weights=False"),
         ({"add_cross_attention": True}, "add_cross_attention=True"),
         ({"n_head": None}, "lacks n_head"),
-        ({"n_head": 5}, "num_heads must divide"),
+        ({"n_head": 5}, "n_head must divide n_embd"),
         ({"n_layer": 3}, "12 of 40 weights are missing"),
         ({"n_layer": 1}, "no weights named block_1"),
         ({"n_inner": 5}, "wrong shape"),

@@ -224,8 +224,8 @@ def test_too_long_an_input(tiny_model: Build) -> None:
 
 
 def test_impossible_shape() -> None:
-    with pytest.raises(UserError, match="num_heads=7, embedding_dim=32"):
-        GPTModel(vocab_size=100, embedding_dim=32, num_layers=1, num_heads=7)
+    with pytest.raises(UserError, match="num_heads=33, embedding_dim=32"):
+        GPTModel(vocab_size=100, embedding_dim=32, num_layers=1, num_heads=33)
 
 
 def test_presets_and_folders(tiny_model: Build, tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ def watch_labels(x: Any, y: Any) -> Any:
     """`x`; labels that are their own inputs are told: of arrays at once, of a `tf.data.Dataset` as
     its first batch comes."""
     if isinstance(x, tf.data.Dataset):
-        return _watched(x)
+        # one that brings its own iterator, as DTensor's does, would lose it
+        return _watched(x) if type(x).__iter__ is tf.data.Dataset.__iter__ else x
     if y is not None and isinstance(x, (np.ndarray, tf.Tensor, list)):
         try:
             some = [np.asarray(each[:64]) for each in (x, y)]

@@ -150,6 +150,11 @@ def _gpt_config(config: dict[str, Any], tied: bool) -> GPTConfig:
     lacking = [name for name in names if config.get(name) is None]
     if lacking:
         raise UserError(f"config.json lacks {', '.join(lacking)}. Restore the original file.")
+    if config["n_embd"] % config["n_head"]:
+        raise UserError(
+            "n_head must divide n_embd in GPT-2. Received: "
+            f"n_head={config['n_head']}, n_embd={config['n_embd']}. Restore the original file."
+        )
     return GPTConfig(
         vocab_size=config["vocab_size"],
         embedding_dim=config["n_embd"],
