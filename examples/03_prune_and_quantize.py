@@ -1,7 +1,7 @@
 """Prune half of the weights, then train on the int8 grid; each stage keeps what the last promised.
 
-Each stage trains on, and so does the dense model beside it: what a technique costs is the difference
-to the dense model after as many steps.
+Each stage trains on, and so does the dense model beside it: what a technique costs is the
+difference to the dense model after as many steps.
 
 python examples/03_prune_and_quantize.py [--quick]
 """
