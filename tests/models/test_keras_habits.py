@@ -21,7 +21,7 @@ from tf_gptopt.compression.quantization.qat import quantize_aware
 from tf_gptopt.compression.structured.shrinking import shrink
 from tf_gptopt.models import checkpoints
 from tf_gptopt.models.checkpoints import load_model, save_model
-from tf_gptopt.models.fit_checks import doubt, watch_labels
+from tf_gptopt.models.fit_checks import doubt, warn_of, watch_labels
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.models.kv_cache import cached_forward, create_cache
 from tf_gptopt.training.loss import NextTokenLoss
@@ -251,6 +251,13 @@ def test_a_training_that_came_to_nothing_is_told() -> None:
         pytest.warns(UserWarning, match="worse than an untrained one"),
     ):
         model.fit(X, X, verbose=0, epochs=2)
+
+
+def test_the_labels_loss_of_a_distillation_is_looked_at_too() -> None:
+    distiller = Distiller(student=small(), teacher=small())
+    distiller.compile("sgd", NextTokenLoss())
+    with pytest.warns(UserWarning, match="worse than an untrained one"):
+        warn_of(9.0, distiller)
 
 
 def test_what_a_last_loss_says() -> None:
