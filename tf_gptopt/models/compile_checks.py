@@ -95,6 +95,8 @@ def _asks_for_logits(function: Any) -> bool:
 
 
 def _advice(what: str, name: str) -> str:
-    remedy = f"Give the object from keras.{what}{'es' if what == 'loss' else 's'} from_logits=True"
-    remedy += ", or take tf_gptopt.NextTokenLoss()" if what == "loss" else ""
-    return f"The {what} {name} takes probabilities, and a GPT puts out logits. {remedy}."
+    ours = ", or take tf_gptopt.NextTokenLoss()" if what == "loss" else ""
+    return (
+        f"The {what} {name} takes probabilities, and a GPT puts out logits. Write it as an object "
+        f"with from_logits=True{ours}."
+    )
