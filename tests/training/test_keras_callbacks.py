@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
+from tf_gptopt.compression.distillation.distiller import Distiller
 from tf_gptopt.compression.pruning.config import PruneConfig
 from tf_gptopt.compression.pruning.pruner import prune
 from tf_gptopt.models.gpt import GPTModel
@@ -83,6 +84,22 @@ def test_callbacks_set_the_rate_of_an_optimizer_without_a_schedule(policy):
     assert moved
     assert rate == pytest.approx(1e-5)
     assert logged == pytest.approx([1e-3, 1e-3, 1e-4])
+
+
+@pytest.mark.parametrize("kind", ["gpt", "distiller"])
+def test_what_fit_could_not_do_is_refused(kind):
+    model = build() if kind == "gpt" else Distiller(build(), build(2))
+    model.compile(adamw(9), NextTokenLoss())
+    for callback in (
+        keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.0),
+        keras.callbacks.ReduceLROnPlateau(),
+    ):
+        with pytest.raises(UserError, match='schedule="constant", warmup_steps=0'):
+            model.fit(*data(), verbose=0, callbacks=[callback])
+    with pytest.raises(UserError, match="sample_weight"):
+        model.fit(*data(), verbose=0, class_weight={0: 1.0, 1: 2.0})
+    with pytest.raises(UserError, match="sample_weight"):
+        model.train_on_batch(*data(), class_weight={0: 1.0, 1: 2.0})
 
 
 @pytest.mark.parametrize("saved", ["float32", "mixed_float16", "mixed_bfloat16"])

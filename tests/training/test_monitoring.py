@@ -81,15 +81,6 @@ def test_the_peak_is_measured_once_and_is_above_what_products_reach():
     assert 1e9 < peak < 1e14
 
 
-def test_no_training_uses_more_than_the_peak():
-    utilisation = flops.Utilisation(build(), 8, "float32")
-    utilisation.peak, utilisation.why = 50e9, "50 GFLOP/s in float32, measured on this CPU"
-    assert utilisation(25e9 / utilisation.flops) == pytest.approx(0.5)
-    assert utilisation(80e9 / utilisation.flops) == 1.0
-    assert utilisation.why == "80 GFLOP/s, which this training has reached"
-    assert utilisation(40e9 / utilisation.flops) == pytest.approx(0.5)
-
-
 @pytest.mark.parametrize(
     ("name", "dtype", "peak"),
     [

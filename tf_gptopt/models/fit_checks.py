@@ -16,10 +16,45 @@ import tensorflow as tf
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras, refuse_keras3
 
+_SETS_RATE = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau)
 _COPIES = (
     "The labels are the inputs, so the model learns to copy each token instead of predicting the "
     "next one. Shift them by one: inputs = ids[:, :-1], labels = ids[:, 1:]."
 )
+
+
+class CheckedFit:
+    """A mixin, named before `keras.Model`: looks at what goes into `fit` and at how it ended."""
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: Any = "auto",
+        callbacks: Any = None,
+        *,
+        class_weight: None = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
+        """`keras.Model.fit`, which warns of labels that are the inputs and of a hopeless loss.
+
+        Raises:
+            UserError: for callbacks that would do nothing, and weights of classes.
+        """
+        check_callbacks(callbacks, self.optimizer)
+        refuse_class_weight(class_weight)
+        x = watch_labels(x, y)
+        history = super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
+        losses = history.history
+        warn_of((losses.get("hard_loss") or losses.get("loss") or [None])[-1], self)
+        return history
+
+    def train_on_batch(self, *args: Any, class_weight: None = None, **kwargs: Any) -> Any:
+        """`keras.Model.train_on_batch`."""
+        refuse_class_weight(class_weight)
+        return super().train_on_batch(*args, **kwargs)
 
 
 def check_ids(inputs: Any) -> None:
@@ -92,15 +127,36 @@ def check_labels(labels: Any, logits: Any, loss: Any) -> None:
         )
 
 
-def check_callbacks(callbacks: Any) -> None:
-    """Raise a `UserError` for callbacks of Keras 3, and for TensorBoard's without TensorBoard."""
+def check_callbacks(callbacks: Any, optimizer: Any = None) -> None:
+    """Raise a `UserError` for callbacks of Keras 3, for TensorBoard's without TensorBoard, and for
+    those that set the learning rate of an optimizer that has a schedule."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    rate = getattr(inner, "_learning_rate", None)
+    has_schedule = isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)
     for callback in callbacks if isinstance(callbacks, Iterable) else [callbacks]:
         refuse_keras3(callback, "callback")
+        if has_schedule and isinstance(callback, _SETS_RATE):
+            raise UserError(
+                f"{type(callback).__name__} sets a learning rate, and the optimizer's schedule "
+                "would set another one before each update. Take one of them: adamw(steps, "
+                'schedule="constant", warmup_steps=0) has a rate that callbacks can set, and '
+                'schedule="plateau" with tf_gptopt.Plateau() lowers it where the loss stands still.'
+            )
         if isinstance(callback, keras.callbacks.TensorBoard) and not find_spec("tensorboard"):
             raise UserError(
                 "The callback TensorBoard needs the package of that name: pip install tensorboard. "
                 "tf_gptopt.Monitor(log_dir) writes loss, learning rate and speed without it."
             )
+
+
+def refuse_class_weight(class_weight: Any) -> None:
+    """Keras weighs a whole row by the class of its largest label."""
+    if class_weight is not None:
+        raise UserError(
+            "class_weight is for one label a row, and a GPT has one for each token. Give "
+            "sample_weight, (batch, time), for example weights[labels] of an array with one "
+            "number for each token of the vocabulary."
+        )
 
 
 def takes_ids(loss: Any) -> bool:

@@ -13,13 +13,7 @@ from tf_gptopt._errors import UserError, known_arguments
 from tf_gptopt._keras import keras, refuse_hdf5, tell_keras3
 from tf_gptopt.models.compile_checks import compile_arguments
 from tf_gptopt.models.config import GPTConfig, PerBlock, preset
-from tf_gptopt.models.fit_checks import (
-    check_callbacks,
-    check_ids,
-    check_labels,
-    warn_of,
-    watch_labels,
-)
+from tf_gptopt.models.fit_checks import CheckedFit, check_ids, check_labels
 from tf_gptopt.models.graph_errors import ReadableErrors
 from tf_gptopt.models.layers import (
     CausalSelfAttention,
@@ -39,7 +33,7 @@ from tf_gptopt.models.token_means import average_over_tokens
 
 @register
 @known_arguments
-class GPTModel(ReadableErrors, keras.Model):
+class GPTModel(CheckedFit, ReadableErrors, keras.Model):
     """A decoder-only Transformer (GPT-2: pre-LN, learned positions, gelu_new, tied logits).
 
     It is a plain Functional model: `compile`, `fit`, `evaluate`, `save`, callbacks, dtype policies
@@ -207,23 +201,6 @@ class GPTModel(ReadableErrors, keras.Model):
             self.sampler = get_sampler(sampler)
         super().compile(**checked, loss_weights=loss_weights, **kwargs)
         average_over_tokens(self)
-
-    def fit(
-        self,
-        x: Any = None,
-        y: Any = None,
-        batch_size: int | None = None,
-        epochs: int = 1,
-        verbose: Any = "auto",
-        callbacks: Any = None,
-        **kwargs: Any,
-    ) -> keras.callbacks.History:
-        """`keras.Model.fit`, which warns of labels that are the inputs and of a hopeless loss."""
-        check_callbacks(callbacks)
-        x = watch_labels(x, y)
-        history = super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
-        warn_of(history.history.get("loss", [None])[-1], self)
-        return history
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None

@@ -17,8 +17,7 @@ import tensorflow as tf
 from tf_gptopt._clock import clock
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
-from tf_gptopt.models.fit_checks import warn_of
-from tf_gptopt.models.gpt import GPTModel
+from tf_gptopt.models.fit_checks import CheckedFit, warn_of
 from tf_gptopt.training.cluster import Alone
 from tf_gptopt.training.config import TrainConfig
 from tf_gptopt.training.flops import Utilisation
@@ -237,7 +236,7 @@ class TrainingLoop(keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         if self.state.step > self._window:  # another callback stopped the training
             self._report()
-        if not isinstance(self.model, GPTModel):  # whose own `fit` does
+        if not isinstance(self.model, CheckedFit):  # whose own `fit` does
             warn_of(self._logs.get("hard_loss", self._logs.get("loss")), self.model)
 
     def _report(self) -> None:

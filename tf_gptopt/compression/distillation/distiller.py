@@ -22,6 +22,7 @@ from tf_gptopt.compression.distillation.teachers import (
     teacher_shares,
 )
 from tf_gptopt.models.compile_checks import compile_arguments
+from tf_gptopt.models.fit_checks import CheckedFit
 from tf_gptopt.models.fused import CrossEntropy
 from tf_gptopt.models.gpt import GPTModel, is_wrapped, require_gpt
 from tf_gptopt.models.graph_errors import ReadableErrors
@@ -37,7 +38,7 @@ from tf_gptopt.models.token_means import (
 
 
 @known_arguments
-class Distiller(ReadableErrors, keras.Model):
+class Distiller(CheckedFit, ReadableErrors, keras.Model):
     """Trains `student` on the labels and on what `teacher` thinks of every token.
 
     ```python

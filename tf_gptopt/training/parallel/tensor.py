@@ -52,6 +52,7 @@ from tf_gptopt._keras import keras
 from tf_gptopt.models.checkpoints import assign_weights, named_weights
 from tf_gptopt.models.compile_checks import compile_arguments
 from tf_gptopt.models.config import GPTConfig
+from tf_gptopt.models.fit_checks import CheckedFit
 from tf_gptopt.models.fused import PLAIN
 from tf_gptopt.models.gpt import GPTModel, require_gpt
 from tf_gptopt.models.graph_errors import ReadableErrors
@@ -107,7 +108,7 @@ def unshard(sharded: ShardedGPT) -> GPTModel:
     return model
 
 
-class ShardedGPT(ReadableErrors, keras.Model):
+class ShardedGPT(CheckedFit, ReadableErrors, keras.Model):
     """A GPT over a mesh; made by `shard`.
 
     An ordinary `keras.Model`: `compile`, `fit`, `evaluate`, callbacks and `tf.train.Checkpoint`
