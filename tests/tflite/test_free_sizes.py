@@ -23,12 +23,14 @@ SCHEMES = {
     "int8, cache": QuantConfig("int8", kv_cache="int8"),
     "int8, weight-only": QuantConfig("int8", activations="float"),
     "int4": QuantConfig("int4"),
+    "int4, odd rows": QuantConfig("int4"),
 }
 CONTEXT = 600
 
 
 def build(folder, scheme, heads, head_dim, seed=0):
-    config = GPTConfig(61, 32, 2, heads, head_dim=head_dim, max_sequence_length=CONTEXT)
+    width = 27 if "odd" in scheme else 32
+    config = GPTConfig(61, width, 2, heads, head_dim=head_dim, max_sequence_length=CONTEXT)
     rng = np.random.default_rng(seed)
     weights = {
         name: rng.normal(name.endswith("gamma"), 0.15, shape).astype(np.float32)

@@ -157,6 +157,14 @@ class Graph:
             endMask=sum(free << axis for axis, free in enumerate(to_end)),
         )
 
+    def pad(self, x: Tensor, width: int) -> Tensor:
+        """Zeros behind the last axis, which then has this width; no operation where it has it."""
+        if x.shape[-1] == width:
+            return x
+        amounts = np.zeros((len(x.shape), 2), np.int32)
+        amounts[-1, 1] = width - x.shape[-1]
+        return self._op("PAD", [x, self.model.constant(amounts)], (*x.shape[:-1], width))
+
     def part(self, x: Tensor, start: int, count: int) -> Tensor:
         """`x[start : start + count]`; no operation where that is all of x."""
         if count == x.shape[0]:

@@ -55,7 +55,10 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What all signatures share. With tied embeddings `head.kernel` is `tokens` itself."""
+    """What all signatures share. With tied embeddings `head.kernel` is `tokens` itself.
+
+    An int4 `tokens` of odd width has a column of zeros more: see `weights.with_even_rows`.
+    """
 
     config: GPTConfig
     tokens: Constant  # (vocab_size, width)
@@ -69,7 +72,10 @@ class Weights:
 
 def embed(g: Graph, weights: Weights, tokens: Tensor, positions: Tensor) -> Tensor:
     """Tokens and their positions `(n,)` -> `(n, width)`."""
-    x = _lookup(g, tokens, weights.tokens) + _lookup(g, positions, weights.positions)
+    x = _lookup(g, tokens, weights.tokens)
+    if x.shape[1] != weights.config.embedding_dim:
+        x = g.slice(x, [0, 0], [x.shape[0], weights.config.embedding_dim])
+    x = x + _lookup(g, positions, weights.positions)
     return as_int8(g, x, weights.position_range)
 
 
@@ -93,7 +99,8 @@ def normalize(g: Graph, x: Tensor, norm: Norm, epsilon: float) -> Tensor:
 def product(g: Graph, x: Tensor, layer: Dense) -> Tensor:
     """`x @ kernel.T + bias` of a float32 x; int8 with static activations."""
     kernel = g.dequantize(layer.kernel) if layer.unpacked else layer.kernel
-    return g.dense(as_int8(g, x, layer.input), kernel, layer.bias, layer.output)
+    x = as_int8(g, g.pad(x, kernel.shape[1]), layer.input)
+    return g.dense(x, kernel, layer.bias, layer.output)
 
 
 def add(g: Graph, x: Tensor, y: Tensor, affine: Affine | None) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from tf_gptopt._errors import UserError
+from tf_gptopt.compression.quantization.rounding import TABLE
 from tf_gptopt.tflite.tensors import TYPES, unpack_int4
 
 
@@ -74,6 +75,8 @@ def held_weights(
             weights[name] = np.full(shape, name.endswith("/gamma"), np.float32)
             continue
         values = dequantized(*stored[name]) if name in stored else np.empty(0)
+        if name == TABLE and values.shape[-1] == shape[1] + 1:  # `weights.with_even_rows`
+            values = values[:, :-1]
         weights[name] = values.T if name.endswith("/kernel") else values
         if weights[name].shape != tuple(shape):
             raise UserError(f"The file does not hold the weight {name!r} in the shape {shape}.")

@@ -114,7 +114,10 @@ class _Writer:
         kind = self.quant.weights_of(layer)
         name = f"{layer}/{'embeddings' if layer.endswith('embedding') else 'kernel'}"
         if kind in BITS:
-            return self.model.grid(self.grid(layer, rows), name)
+            grid = self.grid(layer, rows)
+            if layer == "token_embedding" and grid.bits == 4:  # its rows are looked up
+                grid = with_even_rows(grid)
+            return self.model.grid(grid, name)
         if kind == "float16":
             rows = as_float16(name, rows).astype(np.float16)
         return self.model.constant(rows, name)
@@ -183,6 +186,14 @@ class _Writer:
                     f'io="int8" hands out what {layer!r} computes, which is to stay float. '
                     'Quantize that layer too, or take io="float32".'
                 )
+
+
+def with_even_rows(grid: Grid) -> Grid:
+    """The grid with a column of zeros more where its rows are odd: LiteRT looks rows of int4 up
+    whole bytes at a time, and every second one would begin in the middle of a byte."""
+    if grid.integers.shape[1] % 2 == 0:
+        return grid
+    return dataclasses.replace(grid, integers=np.pad(grid.integers, ((0, 0), (0, 1))))
 
 
 def with_integer_bias(
