@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import types
 
 import numpy as np
 import pytest
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.compression.quantization.config import QuantConfig
-from tf_gptopt.tflite import attention, checking, convert
-from tf_gptopt.tflite.checking import POSITIONS, allowed_distance, logit_distance, sample_ids
+from tf_gptopt.tflite import attention, convert, weights
+from tf_gptopt.tflite.checking import POSITIONS, divergence, logit_distance, sample_ids
 from tf_gptopt.tflite.convert import export_tflite
 from tf_gptopt.tflite.graph import Graph
 from tf_gptopt.tflite.runtime import TFLiteGPT
@@ -42,7 +44,7 @@ def test_the_figures_are_those_of_the_runtime(tmp_path, model, scheme, computed,
     assert 0 < check.computed < computed
     assert 0 < check.distance < distance
     assert check.pieces < computed
-    ids = sample_ids(model.config)
+    ids, _ = sample_ids(model.config)
     logits, wanted = TFLiteGPT(info.path).logits(ids), model(ids[None])[0].numpy()
     assert check.distance == pytest.approx(logit_distance(logits, wanted), rel=1e-3)
     assert check.agreement == np.mean(logits.argmax(-1) == wanted.argmax(-1))
@@ -111,6 +113,80 @@ def test_what_litert_computes_is_looked_at(tmp_path, model, monkeypatch, spoil):
     assert not list(tmp_path.iterdir())
 
 
+def _noise(logits):
+    """4% of the signal, five times what int8 activations make of this model."""
+    noise = np.random.default_rng(0).normal(size=logits.shape) * logits.std()
+    return logits + 0.04 * noise.astype(np.float32)
+
+
+def _favourite(logits):
+    """One of 2,000 tokens is too likely: hardly any distance, and another text."""
+    logits = logits.copy()
+    logits[:, 7] += 12
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [(_noise, r"are 0\.04\d? away .*this model: 0\.0[12]"), (_favourite, "divergence [1-9]")],
+)
+@pytest.mark.parametrize("scheme", [QuantConfig(), QuantConfig("int4")])
+def test_a_small_fault_is_refused(tmp_path, tiny_model, monkeypatch, spoil, says, scheme):
+    """What rounding makes of this model is known, so that more is seen."""
+    model = tiny_model(vocab_size=2000)
+    text = np.random.default_rng(2).integers(0, 2000, (4, 32))
+    file = tmp_path / "m.tflite"
+    good = export_tflite(model, file, scheme, calibration=text).check
+    assert good.computed < 1.3 * good.expected
+    assert good.computed_divergence < 1.5 * good.expected_divergence
+    name = "try_file" if scheme.weights == "int4" else "read_logits"
+    read = getattr(convert, name)
+
+    def spoilt(*args):
+        logits = read(*args)
+        pieces = spoil(logits.at_once)[logits.rows]
+        return logits._replace(at_once=spoil(logits.at_once), pieces=pieces)
+
+    monkeypatch.setattr(convert, name, spoilt)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="does not compute what it holds") as caught:
+        export_tflite(model, file, scheme, calibration=text)
+    assert re.search(says, str(caught.value)), caught.value
+    assert file.read_bytes() == before
+
+
+def test_int4_rows_that_litert_reads_wrongly_are_refused(tmp_path, tiny_model, monkeypatch):
+    """As rows of odd width were, in a model that says little of its table."""
+    model = tiny_model(embedding_dim=27)
+    table = model.get_layer("token_embedding").weights[0]
+    table.assign(0.25 * table)
+    text = np.random.default_rng(2).integers(0, 61, (1, 32))
+    info = export_tflite(model, tmp_path / "m.tflite", QuantConfig("int4"), check=text)
+    assert info.check.computed < 0.02
+    monkeypatch.setattr(weights, "with_even_rows", lambda grid: grid)
+    with pytest.raises(UserError, match=r"does not compute what it holds.* are 0\.[123]"):
+        export_tflite(model, tmp_path / "m.tflite", QuantConfig("int4"), check=text)
+
+
+def test_real_text_is_read_where_there_is_some(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    seen = []
+    check = convert.check_logits
+    monkeypatch.setattr(convert, "check_logits", lambda *a: seen.append(a[2]) or check(*a))
+    model = tiny_model(vocab_size=300, max_sequence_length=96)
+    file = tmp_path / "m.tflite"
+    assert export_tflite(model, file, tokenizer=tiny_tokenizer).check.text == "prose"
+    assert tiny_tokenizer.decode(seen[-1]).startswith("It was late in the year when")
+    assert export_tflite(model, file).check.text == "random"
+    text = np.random.default_rng(3).integers(0, 300, (2, 50))
+    assert export_tflite(model, file, tokenizer=tiny_tokenizer, check=text).check.text == "given"
+    assert seen[-1].tolist() == text.reshape(-1)[:POSITIONS].tolist()
+    # a tokenizer of something else makes next to nothing of it
+    other = types.SimpleNamespace(
+        encode=lambda text: [3] * len(text), decode=str, vocab_size=300, eot_id=None
+    )
+    assert export_tflite(model, file, tokenizer=other).check.text == "random"
+
+
 def test_the_check_can_be_left_out(tmp_path, model, monkeypatch):
     _no_future(monkeypatch)
     info = export_tflite(model, tmp_path / "m.tflite", check=False, **BUCKETS)
@@ -126,7 +202,7 @@ def test_calibration_text_is_what_is_read(tmp_path, model, monkeypatch):
     static = QuantConfig(activations="static")
     info = export_tflite(model, tmp_path / "m.tflite", static, calibration=text, **BUCKETS)
     assert seen == [text[0, :POSITIONS].tolist()]
-    assert info.check.allowed == allowed_distance(static) > allowed_distance(QuantConfig())
+    assert info.check.text == "given"
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"])
@@ -158,4 +234,7 @@ def test_distances():
     assert logit_distance(np.zeros_like(logits), logits) == pytest.approx(1)
     assert logit_distance(-logits, logits) == pytest.approx(2)
     assert np.isnan(logit_distance(logits * np.nan, logits))
-    assert checking.allowed_distance(QuantConfig("float16", kv_cache="int8")) == 0.2
+    assert divergence(logits + 3, logits) == pytest.approx(0, abs=1e-9)
+    assert divergence(np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])) == pytest.approx(
+        0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)
+    )

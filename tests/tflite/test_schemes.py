@@ -7,7 +7,6 @@ import functools
 import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
-from imitation import Imitation
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.compression.quantization.config import RECIPES, QuantConfig
@@ -15,7 +14,8 @@ from tf_gptopt.compression.quantization.grids import quantize_matrix
 from tf_gptopt.compression.quantization.rounding import round_weights
 from tf_gptopt.models.folding import fold_layer_norms
 from tf_gptopt.tflite.convert import build_tflite, export_tflite
-from tf_gptopt.tflite.reading import read_weights
+from tf_gptopt.tflite.imitation import Imitation
+from tf_gptopt.tflite.reading import held_weights, read_weights
 from tf_gptopt.tflite.runtime import TFLiteGPT
 from tf_gptopt.tflite.tensors import Affine
 from tf_gptopt.tflite.weights import with_integer_bias
@@ -128,7 +128,8 @@ def test_every_scheme_on_every_shape(tmp_path, relative_error, scheme, shape):
     ids = IDS[0]
     whole = runtime.logits(ids)
     assert relative_error(whole, model(ids[None])[0].numpy()) < most
-    imitation = Imitation(model.config, weights, config, model.activation_ranges)
+    held = held_weights(read_weights(data), {name: w.shape for name, w in weights.items()})
+    imitation = Imitation(model.config, held, config, model.activation_ranges)
     assert relative_error(whole, imitation.logits(ids)) < most_imitated
     runtime.prefill(ids[:3])
     decoded = np.array([runtime.decode(token) for token in ids[3:]])  # across a cache of 16 rows

@@ -73,7 +73,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
             yield (
                 "checked",
                 f"{check['distance']:g} from its model (1: nothing of it left), agreement "
-                f"{check['agreement']:.1%}, on {check['positions']:.0f} tokens",
+                f"{check['agreement']:.1%}, on {check['positions']:.0f} tokens"
+                + (f" ({check['text']})" if "text" in check else ""),
             )
     for what, size in found.twice or [("nothing", 0)]:
         yield "stored twice", f"{what} ({human_bytes(size)})" if size else what

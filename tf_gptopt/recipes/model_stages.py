@@ -172,14 +172,21 @@ def export(
     seed: int,
     console: Console,
     dataset_folder: Path | None = None,
+    text_folder: Path | None = None,
 ) -> Metrics:
-    """Write model.tflite, with its tokenizer beside it."""
+    """Write model.tflite, with its tokenizer beside it, checked on text of either dataset."""
     use_precision("float32")
     config = decided(section, model_folder, console).quantization
     model = load_checkpoint(model_folder)
     ids = _calibration(model, config, dataset_folder, section.calibration)
+    text = dataset_folder or text_folder
     info = export_tflite(
-        model, out / "model.tflite", config, tokenizer=model.tokenizer, calibration=ids
+        model,
+        out / "model.tflite",
+        config,
+        tokenizer=model.tokenizer,
+        calibration=ids,
+        check=True if text is None else calibration_ids(matching_dataset(model, text), 1),
     )
     write_json(out / "config.json", {"format": "tflite", "gpt": model.config.to_dict()})
     console.note(f"{human_bytes(info.bytes)}, {config.name}")

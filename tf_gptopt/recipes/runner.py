@@ -109,7 +109,8 @@ def run_recipe(
             last = name
             if name == "distill":  # what the next ones are to say as well
                 dense = name
-        reads = {"model_folder": out / last, **(tokens if looks_at_text else {})}
+        reads = {"model_folder": out / last, "text_folder": out / "dataset"}
+        reads |= tokens if looks_at_text else {}
         stage("export", reads, "TFLite")
         candidates.append(Candidate("export", out / "export" / "model.tflite", dense))
         measured = {"candidates": candidates, **tokens}

@@ -80,7 +80,7 @@ def export_tflite(
     prefill_lengths: Sequence[int] | None = None,
     decode_capacities: Sequence[int] | None = None,
     verify_lengths: Sequence[int] | None = None,
-    check: bool = True,
+    check: Any = True,
 ) -> ExportInfo:
     """Write `model` to a .tflite file that decodes with a KV cache, its tokenizer inside.
 
@@ -104,8 +104,10 @@ def export_tflite(
         prefill_lengths, decode_capacities, verify_lengths: see `signatures.plan_buckets` and
             `plan_verifies`: fixed sizes, each a signature of some 5 kB a block. Default: none, the
             runtime chooses sizes as it goes; with `io="int8"`, for accelerators, fixed ones.
-        check: hold the file against its Keras model: on the first tokens of `calibration`, or on
-            random ones. While it does (a second for 124 M parameters), `model` has other weights.
+        check: hold the file against its Keras model, and on what: text as `calibration` is, of
+            which the first tokens are read. True takes those of `calibration`, or some prose where
+            there is a tokenizer, or random ones; False or None looks at nothing. While it looks (a
+            second for 124 M parameters), `model` has other weights.
 
     Raises:
         UserError: for something that is no GPTModel, weights that are not finite, a tokenizer with
@@ -141,13 +143,16 @@ def export_tflite(
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
         stored = read_weights(data)
-        ids = sample_ids(plain.config, calibration) if check else None
+        looks = check is not None and check is not False
+        given = calibration if check is True else check
+        ids, text = sample_ids(plain.config, given, tokenizer) if looks else (None, "")
         if _needs_trial(quant):
             logits = try_file(temporary, quant.name, ids)
         else:
-            logits = read_logits(temporary, ids) if check else None
-        if check:
-            figures = check_logits(stored, logits, ids, plain, weights, quant)
+            logits = read_logits(temporary, ids) if looks else None
+        if looks:
+            ranges = quantized.activation_ranges
+            figures = check_logits(stored, logits, ids, text, plain, weights, quant, ranges)
             require_good(figures, quant.name)
             info = dataclasses.replace(info, check=figures)
         nonzero = count_stored(stored)[1]
