@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import math
 import mmap
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.tflite.buckets import ALIGNMENT
+from tf_gptopt.tflite.quiet import native_output
 
 
 def load_litert(
@@ -56,7 +55,7 @@ def load_litert(
             options.cpu_options.xnnpack_weight_cache_path = str(file)
         else:
             before_packing()
-        log = stack.enter_context(_native_output())
+        log = stack.enter_context(native_output())
         try:
             return CompiledModel.from_file(str(path), environment=_environment(), options=options)
         except RuntimeError as error:
@@ -117,33 +116,7 @@ def _environment() -> Environment:
     environment = Environment.create(options=EnvironmentOptions(runtime_path=folder))
     # the first buffer that is used makes an environment of its own: let it do so now, quietly
     host_buffer(aligned_zeros((1,), np.float32)).read(1, np.float32)
-    # LiteRT takes leave of each accelerator on stderr when the process ends, after all Python code
-    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
     return environment
-
-
-@contextlib.contextmanager
-def _native_output() -> Iterator[Callable[[], str]]:
-    """Catch what native code writes to stderr; yields a function that returns it."""
-    if sys.stderr is not None:
-        sys.stderr.flush()
-    try:
-        saved = os.dup(2)
-    except OSError:  # a process without stderr, such as a service
-        yield lambda: ""
-        return
-    with tempfile.TemporaryFile() as file:
-
-        def read() -> str:
-            file.seek(0)
-            return file.read().decode("utf-8", "replace")
-
-        os.dup2(file.fileno(), 2)
-        try:
-            yield read
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
 
 
 @contextlib.contextmanager
