@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,10 @@ from hypothesis import strategies as st
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.compression.quantization.config import QuantConfig
+from tf_gptopt.tflite import weight_cache
 from tf_gptopt.tflite.convert import export_tflite
 from tf_gptopt.tflite.runtime import TFLiteGPT
+from tf_gptopt.tflite.weight_cache import processor
 
 
 def test_other_files_are_refused(tmp_path):
@@ -94,11 +99,105 @@ def test_the_weight_cache_is_filled_once_and_changes_nothing(exported, tmp_path,
     assert files[0] in [(p.name, p.stat().st_mtime_ns, p.stat().st_ino) for p in cache.iterdir()]
 
 
-def test_a_weight_cache_that_cannot_be_written_is_refused(exported, tmp_path):
+def test_a_weight_cache_that_cannot_be_written_is_refused(exported, tmp_path, monkeypatch):
     _, runtime = exported("int8")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         TFLiteGPT(runtime.path, weight_cache=tmp_path / "file")
+    monkeypatch.setattr(weight_cache, "_free_bytes", lambda folder: 2**20)
+    with pytest.raises(UserError, match=r"has 1,048,576 bytes free, and packed weights may take"):
+        TFLiteGPT(runtime.path, weight_cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+DAMAGE = {
+    "a bit": lambda good: good[:3000] + bytes([good[3000] ^ 64]) + good[3001:],
+    "a bit at the end": lambda good: good[:-1] + bytes([good[-1] ^ 1]),
+    "zeros": lambda good: good[: len(good) // 2].ljust(len(good), b"\0"),
+    "cut": lambda good: good[: len(good) // 2],
+    "empty": lambda good: b"",
+    "text": lambda good: b"hello" * 1000,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_packed_weights_are_packed_anew(exported, tmp_path, some_ids, damage):
+    _, runtime = exported("int8", vocab_size=500)
+    expected, cache = runtime.logits(some_ids(32)), tmp_path / "cache"
+    TFLiteGPT(runtime.path, threads=1, weight_cache=cache)
+    (file,) = cache.iterdir()
+    good = file.read_bytes()
+    file.write_bytes(damage(good))
+    with open(file, "rb") as opened:  # by somebody who has it mapped
+        before = opened.read()
+        gpt = TFLiteGPT(runtime.path, threads=1, weight_cache=cache)
+        opened.seek(0)
+        assert opened.read() == before
+    np.testing.assert_array_equal(gpt.logits(some_ids(32)), expected)
+    assert [p.name for p in cache.iterdir()] == [file.name]
+    assert file.read_bytes() == good
+
+
+def test_each_kind_of_processor_has_packed_weights_of_its_own(exported, tmp_path, monkeypatch):
+    _, runtime = exported("int8")
+    TFLiteGPT(runtime.path, threads=1, weight_cache=tmp_path / "cache")
+    (first,) = (tmp_path / "cache").iterdir()
+    before = first.stat().st_mtime_ns, first.stat().st_ino
+    monkeypatch.setattr(weight_cache, "processor", lambda: "another1")
+    TFLiteGPT(runtime.path, threads=1, weight_cache=tmp_path / "cache")
+    names = {p.name for p in (tmp_path / "cache").iterdir()}
+    assert len(names) == 2
+    assert sum("another1" in name for name in names) == 1
+    assert (first.stat().st_mtime_ns, first.stat().st_ino) == before
+    assert processor() in first.name
+
+
+def test_the_processor_is_what_proc_cpuinfo_says_and_does_not_change(monkeypatch):
+    def name(text):
+        processor.cache_clear()
+        monkeypatch.setattr(weight_cache.Path, "read_text", lambda *args: text)
+        return processor()
+
+    intel = "processor\t: 0\nmodel name\t: Xeon\ncpu MHz\t\t: 2100.1\nflags\t\t: fpu avx2 avx512f\n"
+    names = {
+        name(intel),
+        name(intel.replace("2100.1", "900.0") + intel.replace("processor\t: 0", "processor\t: 1")),
+    }
+    assert len(names) == 1
+    names |= {
+        name(intel.replace(" avx512f", "")),
+        name("CPU part\t: 0xd0b\nFeatures\t: fp asimd\n"),
+    }
+    assert len(names) == 3
+    processor.cache_clear()
+
+
+def test_complete_packed_weights_need_no_folder_that_can_be_written(
+    exported, tmp_path, some_ids, monkeypatch
+):
+    _, runtime = exported("int8")
+    cache = tmp_path / "cache"
+    TFLiteGPT(runtime.path, threads=1, weight_cache=cache)
+    left = cache / ".killed.xnnpack.tmp"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+
+    def refuse(*args, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as m:  # root may write anywhere
+        for name in ("mkstemp", "mkdtemp", "TemporaryFile", "NamedTemporaryFile"):
+            m.setattr(tempfile, name, refuse)
+        gpt = TFLiteGPT(runtime.path, threads=1, weight_cache=cache)
+        np.testing.assert_array_equal(gpt.logits(some_ids(9)), runtime.logits(some_ids(9)))
+        assert len(TFLiteGPT(runtime.path, threads=1).generate([1, 2], 3)) == 5
+        with pytest.raises(UserError, match="Read-only file system"):
+            TFLiteGPT(runtime.path, threads=1, weight_cache=tmp_path / "other")
+    assert left.exists()
+    _, other = exported("int8", seed=1)
+    TFLiteGPT(other.path, threads=1, weight_cache=cache)
+    assert not left.exists()
+    assert len(list(cache.iterdir())) == 2
 
 
 # What it needs

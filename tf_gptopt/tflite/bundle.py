@@ -20,12 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from tf_gptopt._errors import UserError
-from tf_gptopt._tokenizer import TOKENIZER_FILE, Tokenizer
+from tf_gptopt._tokenizer import END_OF_TEXT, TOKENIZER_FILE, Tokenizer
 from tf_gptopt._version import __version__
 
 CONFIG_FILE = "config.json"
 MADE_FILE = "made.json"
 _TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json")
+# what a tokenizer's folder may hold, for one that lies beside a file
+_BESIDE = (
+    *_TOKENIZER_FILES,
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the first date of ZIP: equal content gives equal bytes
 _MOST_BYTES = 2**28  # of a packed file when unpacked: far above any tokenizer
 
@@ -82,10 +89,36 @@ def read_tokenizer(path: str | os.PathLike) -> Tokenizer | None:
     return load_tokenizer(files) if TOKENIZER_FILE in files else None
 
 
+def kept_tokenizer(path: str | os.PathLike) -> dict[str, bytes]:
+    """The files of the tokenizer inside a .tflite file, or else beside it; none where there is
+    neither. Whoever keeps them needs the path no more.
+
+    Raises:
+        UserError: when they are damaged or cannot be read.
+    """
+    files = read_files(path)
+    if TOKENIZER_FILE in files:
+        return files
+    beside = [Path(path).parent / name for name in _BESIDE]
+    if not beside[0].is_file():
+        return {}
+    try:
+        return {file.name: file.read_bytes() for file in beside if file.is_file()}
+    except OSError as error:
+        raise UserError(f"The tokenizer beside {path} cannot be read ({error}).") from None
+
+
 def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
     """The tokenizer of these files; others may be among them."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in _TOKENIZER_FILES:
+    try:
+        temporary = tempfile.TemporaryDirectory()
+    except OSError:  # a system without a folder to write to
+        settings = json.loads(files.get(_TOKENIZER_FILES[1], b"{}"))
+        token = settings.get("eos_token") or END_OF_TEXT
+        token = token["content"] if isinstance(token, dict) else token
+        return Tokenizer(files[TOKENIZER_FILE].decode(), token)
+    with temporary as folder:
+        for name in _BESIDE:
             if name in files:
                 (Path(folder) / name).write_bytes(files[name])
         return Tokenizer.load(folder)

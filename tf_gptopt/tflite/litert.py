@@ -7,8 +7,7 @@ import functools
 import math
 import mmap
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from ai_edge_litert.tensor_buffer import TensorBuffer
 from tf_gptopt._errors import UserError
 from tf_gptopt.tflite.buckets import ALIGNMENT
 from tf_gptopt.tflite.quiet import native_output
+from tf_gptopt.tflite.weight_cache import cache_file
 
 
 def load_litert(
@@ -51,7 +51,8 @@ def load_litert(
     options.cpu_options.xnnpack_weight_cache_path = ":memory"
     with contextlib.ExitStack() as stack:
         if weight_cache is not None:
-            file = stack.enter_context(_cache_file(Path(weight_cache), sha256, before_packing))
+            folder, size = Path(weight_cache), path.stat().st_size
+            file = stack.enter_context(cache_file(folder, sha256, size, before_packing))
             options.cpu_options.xnnpack_weight_cache_path = str(file)
         else:
             before_packing()
@@ -117,32 +118,3 @@ def _environment() -> Environment:
     # the first buffer that is used makes an environment of its own: let it do so now, quietly
     host_buffer(aligned_zeros((1,), np.float32)).read(1, np.float32)
     return environment
-
-
-@contextlib.contextmanager
-def _cache_file(folder: Path, sha256: str, before_packing: Callable[[], None]) -> Iterator[Path]:
-    """The packed weights' file for this content and this LiteRT: whole, or one to be written.
-
-    A new one gets its name only when it is complete. The mapping survives the renaming.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".", suffix=".xnnpack.tmp", dir=folder)
-    except OSError as error:
-        raise UserError(
-            f"The weight cache {folder} cannot be written ({error}). Name a folder that can, or "
-            "leave weight_cache out."
-        ) from None
-    os.close(handle)
-    os.unlink(name)  # XNNPACK takes an existing file for a finished one
-    final = folder / f"{sha256[:16]}-{ai_edge_litert.__version__}.xnnpack"
-    if final.is_file():
-        yield final
-        return
-    before_packing()
-    try:
-        yield Path(name)
-        if Path(name).is_file():  # on a full disk XNNPACK does without
-            os.replace(name, final)
-    finally:
-        Path(name).unlink(missing_ok=True)

@@ -70,7 +70,7 @@ def seal(data: bytearray | mmap.mmap) -> str:
     _fill(data, places, {})
     digests = {_CHECKSUM: hashlib.sha256(data).digest()}
     _fill(data, places, digests)
-    digests |= {_STRUCTURE: _structure_digest(data, large), _SUMS: _sums_digest(data)}
+    digests |= {_STRUCTURE: _structure_digest(data, large), _SUMS: sums_digest(data)}
     _fill(data, places, digests)
     return digests[_CHECKSUM].hex()
 
@@ -181,7 +181,7 @@ def _read(path: Path, wanted: Sequence[bytes]) -> tuple[dict[str, Any], Verifica
         raise _damaged(path)
 
     def fits() -> bool:
-        if is_new and _sums_digest(data) != stored[_SUMS]:
+        if is_new and sums_digest(data) != stored[_SUMS]:
             return False
         if is_new and _CHECKSUM not in wanted:
             return True
@@ -241,7 +241,7 @@ def _fill(data: Any, places: dict[bytes, int], digests: dict[bytes, bytes]) -> N
         data[at : at + _DIGEST_BYTES] = digests.get(name, bytes(_DIGEST_BYTES))
 
 
-def _sums_digest(data: Any) -> bytes:
+def sums_digest(data: Any) -> bytes:
     """SHA-256 of the sums. One call of numpy's does the work: LiteRT, loading the file meanwhile,
     keeps Python's lock."""
     row = 8 * _WORDS

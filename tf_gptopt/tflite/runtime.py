@@ -31,8 +31,7 @@ class TFLiteGPT(Conversation):
     Args:
         path: a file that `export_tflite` wrote.
         threads: processor threads; default those this process may use, at most 8.
-        tokenizer: default the one inside the file, or else the files beside it; read when text
-            first comes in or goes out.
+        tokenizer: default the one inside the file, or else the files beside it.
         verify: compare the file's checksums: 10 ms per 100 MB. LiteRT trusts what it loads and
             crashes on damaged files: leave it out only for a file that was compared before.
         weight_cache: a folder for the weights in the order that the processor wants, as large as

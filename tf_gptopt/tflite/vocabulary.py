@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tf_gptopt._errors import UserError
+from tf_gptopt.tflite.bundle import kept_tokenizer, load_tokenizer
 
 
 def is_batch(prompt: Any) -> bool:
@@ -35,6 +36,8 @@ class Vocabulary:
         self.size = metadata["gpt"]["vocab_size"]
         self._path, self._known = path, dict(metadata["tokenizer"] or {})
         self._tokenizer = None if tokenizer is None else self._check(tokenizer)
+        # now: by the time that text comes in, another file may have this one's name
+        self._files = kept_tokenizer(path) if tokenizer is None else {}
 
     @property
     def tokenizer(self) -> Any:
@@ -44,16 +47,16 @@ class Vocabulary:
             UserError: when there is none, or it is not the one that the model was exported with.
         """
         if self._tokenizer is None:
-            from tf_gptopt._tokenizer import Tokenizer
-            from tf_gptopt.tflite.bundle import read_tokenizer
-
-            tokenizer = read_tokenizer(self._path)
-            if tokenizer is None and not (self._path.parent / "tokenizer.json").is_file():
+            if not self._files:
                 raise UserError(
-                    f"There is no tokenizer in {self._path} and no tokenizer.json beside it, and "
-                    "text needs one. Copy it there, hand a tokenizer over, or use token ids."
+                    f"There was no tokenizer in {self._path} and no tokenizer.json beside it when "
+                    "it was loaded, and text needs one. Copy it there and load the file again, "
+                    "hand a tokenizer over, or use token ids."
                 )
-            self._tokenizer = self._check(tokenizer or Tokenizer.load(self._path.parent))
+            try:
+                self._tokenizer = self._check(load_tokenizer(self._files))
+            except UserError as error:
+                raise UserError(f"The tokenizer of {self._path}: {error}") from None
         return self._tokenizer
 
     @property
