@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tempfile
 import zipfile
 
 import numpy as np
@@ -116,6 +117,42 @@ def test_files_without_an_archive_are_read_as_before(tmp_path, tiny_model, tiny_
         gpt.generate("text")
     tiny_tokenizer.save(tmp_path)
     assert gpt.generate("text", 3).startswith("text")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_tokenizer_is_the_one_that_was_there_on_loading(
+    tmp_path, tiny_model, tiny_tokenizer, inside
+):
+    """The file and its folder are replaced, and then deleted, before text first comes in."""
+    model, path = tiny_model(vocab_size=300), tmp_path / "there" / "m.tflite"
+    info = export_tflite(model, path, tokenizer=tiny_tokenizer)
+    if not inside:
+        data = path.read_bytes()
+        path.write_bytes(data[: data.index(b"PK\x03\x04")])
+        seal_file(path)
+    expected = TFLiteGPT(path).generate("some text", 5)
+    first, second = (TFLiteGPT(path) for _ in range(2))
+    changed = json.loads((path.parent / "tokenizer.json").read_text())
+    changed["model"]["vocab"] = {k: 299 - v for k, v in changed["model"]["vocab"].items()}
+    export_tflite(
+        tiny_model(seed=1, vocab_size=300), path, tokenizer=Tokenizer(json.dumps(changed))
+    )
+    assert first.generate("some text", 5) == expected
+    shutil.rmtree(path.parent)
+    assert second.generate("some text", 5) == expected
+    assert info.path == str(path)
+
+
+def test_text_needs_no_folder_to_write_to(bundle, tiny_tokenizer, monkeypatch):
+    expected = TFLiteGPT(bundle).generate("some text", 5)
+
+    def refuse(*args, **options):
+        raise OSError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    gpt = TFLiteGPT(bundle)
+    assert gpt.generate("some text", 5) == expected
+    assert gpt.tokenizer.eot_id == tiny_tokenizer.eot_id == 0
 
 
 def test_a_flipped_byte_anywhere_is_noticed(bundle):

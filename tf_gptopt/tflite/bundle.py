@@ -97,8 +97,15 @@ def kept_tokenizer(path: str | os.PathLike) -> dict[str, bytes]:
         UserError: when they are damaged or cannot be read.
     """
     files = read_files(path)
-    if TOKENIZER_FILE in files:
-        return files
+    return files if TOKENIZER_FILE in files else tokenizer_beside(path)
+
+
+def tokenizer_beside(path: str | os.PathLike) -> dict[str, bytes]:
+    """The files of the tokenizer in the folder of a .tflite file; none where there is none.
+
+    Raises:
+        UserError: when they cannot be read.
+    """
     beside = [Path(path).parent / name for name in _BESIDE]
     if not beside[0].is_file():
         return {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tf_gptopt._errors import UserError
-from tf_gptopt.tflite.bundle import kept_tokenizer, load_tokenizer
+from tf_gptopt.tflite.bundle import kept_tokenizer, load_tokenizer, tokenizer_beside
 
 
 def is_batch(prompt: Any) -> bool:
@@ -47,16 +47,13 @@ class Vocabulary:
             UserError: when there is none, or it is not the one that the model was exported with.
         """
         if self._tokenizer is None:
-            if not self._files:
+            files = self._files or tokenizer_beside(self._path)
+            if not files:
                 raise UserError(
-                    f"There was no tokenizer in {self._path} and no tokenizer.json beside it when "
-                    "it was loaded, and text needs one. Copy it there and load the file again, "
-                    "hand a tokenizer over, or use token ids."
+                    f"There is no tokenizer in {self._path} and no tokenizer.json beside it, and "
+                    "text needs one. Copy it there, hand a tokenizer over, or use token ids."
                 )
-            try:
-                self._tokenizer = self._check(load_tokenizer(self._files))
-            except UserError as error:
-                raise UserError(f"The tokenizer of {self._path}: {error}") from None
+            self._tokenizer = self._check(load_tokenizer(files))
         return self._tokenizer
 
     @property
