@@ -28,6 +28,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from tf_gptopt._errors import UserError
+from tf_gptopt.tflite.described import Unfit, check_described
 from tf_gptopt.tflite.flatbuffer import Model
 
 FORMAT_VERSION = 4  # what this version writes, and the newest that it reads
@@ -148,6 +149,23 @@ def start_reading(
 def _read(path: Path, wanted: Sequence[bytes]) -> tuple[dict[str, Any], Verification]:
     """The values, and the comparison of the `wanted` digests, or what a file has in their place."""
     data = _map(path)
+    values, verification = _read_mapped(path, data, wanted)
+    try:
+        check_described(values, schema.Model.GetRootAsModel(data, 0))
+    except Exception as error:  # values of the wrong kind end in any kind of error
+        verification.wait()  # damage is what to tell of first
+        is_plain = isinstance(error, (UserError, Unfit))
+        reason = str(error) if is_plain else f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path} is damaged: what it says about itself does not fit "
+            f"({' '.join(reason.split())[:300]}). Copy or export it again."
+        ) from None
+    return values, verification
+
+
+def _read_mapped(
+    path: Path, data: mmap.mmap, wanted: Sequence[bytes]
+) -> tuple[dict[str, Any], Verification]:
     try:
         buffers = _buffers(data)
         if _JSON not in buffers or _CHECKSUM not in buffers:
@@ -167,7 +185,7 @@ def _read(path: Path, wanted: Sequence[bytes]) -> tuple[dict[str, Any], Verifica
         raise _damaged(path) from None
     if version > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format {version}, and this version of tf_gptopt reads up to "
+            f"{path} has format {str(version)[:20]}, and this version of tf_gptopt reads up to "
             f"{FORMAT_VERSION}. Update tf_gptopt, or export the model with this version."
         )
     values["sha256"] = stored[_CHECKSUM].hex()
