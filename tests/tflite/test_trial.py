@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
+import subprocess
+import sys
+import warnings
+
 import numpy as np
 import pytest
 
@@ -49,6 +54,43 @@ def test_a_damaged_file_is_an_error_at_loading(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="an error at loading"):
         try_file(path, "cut")
+
+
+def test_a_file_that_does_not_come_back_is_given_up(tmp_path, monkeypatch):
+    code = "import time; print(\"trying 'decode'\", flush=True); time.sleep(60)"
+    monkeypatch.setattr(trial, "COMMAND", ("-c", code))
+    monkeypatch.setattr(trial, "_SECONDS", 1.0)
+    path = write(tmp_path, lambda g, x: g.output("y", g.softmax(x)))
+    with pytest.raises(UserError, match=r"no answer in time at 'decode'\. It said: nothing"):
+        try_file(path, "slow")
+
+
+def test_the_command_says_how_it_went(tmp_path, capsys, monkeypatch):
+    path = write(tmp_path, lambda g, x: g.output("y", g.softmax(x)))
+
+    def command():
+        monkeypatch.setattr(sys, "argv", ["trial", str(path)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("tf_gptopt.tflite.trial", run_name="__main__")
+        return ended.value.code, capsys.readouterr().out
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, of a module that is imported
+        assert command() == (None, f"{path} runs: 1 signatures, on zeros.\n")
+        path.write_bytes(b"hello")
+        code, out = command()
+        assert (out, code.startswith(f"{path} does not run: an error at loading. It said: ")) == (
+            "",
+            True,
+        )
+        died = subprocess.CompletedProcess(
+            [], -11, "trying loading\ntrying 'decode'\n", "INFO: [x.cc:1] so\nF00 Check failed\n"
+        )
+        monkeypatch.setattr("tf_gptopt.tflite.child.run_child", lambda *a, **k: died)
+        assert command()[0] == (
+            f"{path} does not run: the process was ended by signal 11 at 'decode'. "
+            "It said: F00 Check failed."
+        )
 
 
 def test_an_abort_costs_an_error_and_nothing_else(

@@ -22,6 +22,13 @@ _UNBUFFERED = 2  # _IONBF
 _OURS = re.compile(rb"(VERBOSE|DEBUG|INFO|WARNING|ERROR): |\xe2\x94\x94 ")  # how its lines begin
 
 _lock = threading.RLock()
+_heard = False
+
+
+def hear() -> None:
+    """Keep nothing from now on: for a process that LiteRT may end."""
+    global _heard
+    _heard = True
 
 
 @contextlib.contextmanager
@@ -31,7 +38,7 @@ def native_output() -> Iterator[Callable[[], str]]:
     Threads wait for each other, and so does a fork. What another library writes to that stream
     meanwhile comes out at the end.
     """
-    stream = _stream()
+    stream = None if _heard else _stream()
     if stream is None:
         yield lambda: ""
         return
