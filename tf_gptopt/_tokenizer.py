@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from tf_gptopt._decoders import Changes, changes_of, is_byte_token
 from tf_gptopt._errors import UserError
 from tf_gptopt._files import read_json, write_bytes, write_json, write_text
 
@@ -49,6 +50,7 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._json = tokenizer_json
+        self._changes = changes_of(json.loads(tokenizer_json).get("decoder"))
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         self.vocab_size = 1 + max(self._backend.get_vocab().values(), default=-1)
         self.eot_id = None if eot_token is None else self._backend.token_to_id(eot_token)
@@ -182,6 +184,16 @@ class Tokenizer:
                     "the tokenizer that the model was trained with."
                 )
         return self._backend.decode(ids, skip_special_tokens=False)
+
+    def may_change(self, token: int) -> bool:
+        """Whether the text of tokens that end with this one may change when others follow.
+
+        `models.text_stream.TextStream` holds such text back. Characters that are not complete do
+        not count.
+        """
+        if self._changes is Changes.BYTES:
+            return is_byte_token(self._backend.id_to_token(token))
+        return self._changes is Changes.ALWAYS
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, fingerprint={self.fingerprint[:12]})"

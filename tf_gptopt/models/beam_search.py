@@ -18,7 +18,7 @@ def beam_search(
     limits: np.ndarray,
     sampler: BeamSampler,
     penalties: Penalties,
-    ends: Callable[[list[int]], bool],
+    ends: Callable[[list[int], list[int]], bool],
     stops: int,
 ) -> list[list[int]]:
     """The best completion of each prompt, all prompts and beams in one batch.
@@ -32,7 +32,7 @@ def beam_search(
         limits: `(batch,)`, tokens of each prompt and its completion at most.
         sampler: the number of beams, and how length counts.
         penalties: applied to the logits, before they become log-probabilities.
-        ends: whether new tokens are a finished completion.
+        ends: whether new tokens, given the prompt's first, are a finished completion.
         stops: how many token ids end one: so many more candidates are looked at, for beams to go on
             with when all the likeliest have ended.
     """
@@ -69,7 +69,7 @@ class _Search:
         prompt: list[int],
         room: int,
         sampler: BeamSampler,
-        ends: Callable[[list[int]], bool],
+        ends: Callable[[list[int], list[int]], bool],
         candidates: int,
     ) -> None:
         self._prompt, self._room, self._ends = prompt, room, ends
@@ -108,7 +108,7 @@ class _Search:
             tokens = [*self._beams[parent], token]
             if score == -np.inf:  # forbidden
                 break
-            if len(tokens) == self._room or self._ends(tokens):
+            if len(tokens) == self._room or self._ends(self._prompt, tokens):
                 if rank < self._width:
                     self._finished.append((self._normalize(score, tokens), tokens))
             elif len(going_on) < self._width:

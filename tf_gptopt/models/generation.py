@@ -13,7 +13,7 @@ from tf_gptopt.models.decoding import CachedDecoding
 from tf_gptopt.models.gpt import GPTModel, require_gpt
 from tf_gptopt.models.prompts import check_prompts, length_limits, read_inputs, read_stop
 from tf_gptopt.models.sampling import BeamSampler
-from tf_gptopt.models.text_stream import TextStream
+from tf_gptopt.models.text_stream import open_stream, text_after
 
 
 def generate(
@@ -62,10 +62,11 @@ def generate(
 
     if isinstance(chooser.sampler, BeamSampler):
 
-        def is_over(tokens: list[int]) -> bool:
+        def is_over(prompt: list[int], tokens: list[int]) -> bool:
             if tokens[-1] in stop_ids:
                 return True
-            return bool(stop_strings) and any(s in tokenizer.decode(tokens) for s in stop_strings)
+            said = text_after(tokenizer, prompt, tokens) if stop_strings else ""
+            return any(s in said for s in stop_strings)
 
         completions = beam_search(
             model, prompts, limits, chooser.sampler, chooser.penalties, is_over, len(stop_ids)
@@ -73,7 +74,7 @@ def generate(
         return give_back(completions, stop_ids, stop_strings)
 
     streams = [
-        TextStream(tokenizer.decode, stop_strings) if stop_strings else None for _ in prompts
+        open_stream(tokenizer, stop_strings, prompt) if stop_strings else None for prompt in prompts
     ]
 
     def ends(row: int, token: int) -> bool:
@@ -105,7 +106,7 @@ def stream(
     check_prompts(prompts, model)
     limits = length_limits(prompts, model.config.max_sequence_length, None, max_new_tokens)
     stop_ids, stop_strings = read_stop(stop, model.tokenizer, stop_at_eot=True)
-    text = TextStream(model.tokenizer.decode, stop_strings)
+    text = open_stream(model.tokenizer, stop_strings, prompts[0])
     chooser = read_options(options, model.sampler)
     tokens = _decode(model, prompts, limits, chooser, seed, lambda _, token: token in stop_ids)
     for _, token in tokens:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.models.gpt import GPTModel
+from tf_gptopt.models.text_stream import text_after
 
 GiveBack = Callable[[list[list[int]], set[int], list[str]], Any]
 
@@ -70,11 +71,7 @@ def _text(
 ) -> str:
     if completion and completion[-1] in stop_ids:
         completion = completion[:-1]
-    # decoded together, since some tokenizers drop a space at the beginning
-    full = tokenizer.decode(prompt + completion)
-    new = full[len(text) :] if full.startswith(text) else tokenizer.decode(completion)
-    cuts = [at for at in (new.find(stop) for stop in stop_strings) if at >= 0]
-    return text + (new[: min(cuts)] if cuts else new)
+    return text + text_after(tokenizer, prompt, completion, stop_strings)
 
 
 def _is_list_of(inputs: Any, kind: type) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.models.choosing import Chooser, SamplingOptions, make_generators, read_options
-from tf_gptopt.models.text_stream import TextStream, as_stop_strings
+from tf_gptopt.models.text_stream import TextStream, as_stop_strings, open_stream
 from tf_gptopt.tflite.cache import KVCache
 from tf_gptopt.tflite.drafting import make_drafter
 from tf_gptopt.tflite.generating import History, next_tokens
@@ -211,13 +211,13 @@ class Conversation(Session):
     ) -> str | list[int]:
         if isinstance(prompt, str):
             return prompt + "".join(self._pieces(ids, request, rng))
-        text = TextStream(self.tokenizer.decode, request.stops) if request.stops else None
+        text = open_stream(self.tokenizer, request.stops, ids) if request.stops else None
         return ids.tolist() + list(self._generate(ids, request, rng, text))
 
     def _pieces(
         self, ids: np.ndarray, request: _Request, rng: np.random.Generator
     ) -> Iterator[str]:
-        text = TextStream(self.tokenizer.decode, request.stops)
+        text = open_stream(self.tokenizer, request.stops, ids)
         for token in self._generate(ids, request, rng, text):
             if text.piece and token != self.eot_id:
                 yield text.piece
