@@ -119,10 +119,17 @@ def test_penalties_see_prompt_and_completion(tiny_model: Build) -> None:
     model = tiny_model()
     prompts = [[1, 2, 3], [7]]
     never_twice = generate(model, prompts, max_new_tokens=25, presence_penalty=1e4)
-    assert [len(set(row)) for row in never_twice] == [28, 26]
-    held = generate(model, prompts, max_new_tokens=9, frequency_penalty=-1e4)
-    assert set(held[0]) == {1, 2, 3}
-    assert set(held[1]) == {7}
+    said = [row[len(prompt) :] for row, prompt in zip(never_twice, prompts, strict=True)]
+    assert [len(set(row)) for row in said] == [25, 25]  # as the prompt did not say them
+    assert generate(model, [1, 2], max_new_tokens=1, presence_penalty=1e4) == generate(
+        model, [1, 2], max_new_tokens=1
+    )
+    held = generate(model, prompts, max_new_tokens=9, repetition_penalty=1e-4)
+    positive = [row for row in held if len(set(row)) <= 3]  # the prompt's tokens, magnified
+    assert positive
+    near = generate(model, [1], max_new_tokens=9, presence_penalty=1e4, penalty_window=2)
+    assert all(len(set(near[at : at + 3])) == 3 for at in range(1, 8))
+    assert len(set(near[1:])) < 9
     assert generate(model, [1], max_new_tokens=4, logit_bias={9: 1e4}) == [1, 9, 9, 9, 9]
     forbidden = {token: -float("inf") for token in range(61) if token not in (8, 9)}
     drawn = generate(model, [1], max_new_tokens=20, top_p=0.99, seed=0, logit_bias=forbidden)
@@ -239,6 +246,15 @@ def test_end_of_text(talker: GPTModel) -> None:
         ([1, 2, 3], {"max_length": 2}, "a prompt alone has 3"),
         ([1], {"max_length": 33}, "exceeds the model's context of 32"),
         ([1], {"max_new_tokens": 0}, "must be positive"),
+        ([1], {"max_new_tokens": 2.5}, r"max_new_tokens must be positive.*=2\.5"),
+        ([1], {"max_new_tokens": "3"}, "max_new_tokens must be positive.*='3'"),
+        ([1], {"max_new_tokens": True}, "max_new_tokens must be positive"),
+        ([1], {"max_length": 9.0}, "max_length must be positive"),
+        ([1], {"max_length": "9"}, "max_length must be positive"),
+        ([1], {"stop": 1.5}, r"one or more strings or token ids. Received: stop=1\.5"),
+        ([1], {"stop": [True]}, "one or more strings or token ids"),
+        ([1], {"stop": np.array(2.0)}, "one or more strings or token ids"),
+        ([1], {"penalty_window": 0}, "penalty_window must be a positive integer"),
         ([1], {"max_length": 9, "max_new_tokens": 3}, "not both"),
     ],
 )
@@ -247,6 +263,17 @@ def test_impossible_requests(
 ) -> None:
     with pytest.raises(UserError, match=message):
         generate(tiny_model(num_layers=1), inputs, **options)
+
+
+def test_numbers_of_numpy_are_numbers(tiny_model: Build) -> None:
+    model = tiny_model()
+    expected = generate(model, [1, 2], max_new_tokens=3)
+    assert generate(model, [1, 2], max_new_tokens=np.int64(3)) == expected
+    assert generate(model, [1, 2], max_length=np.int32(5)) == expected
+    assert generate(model, [1, 2], max_new_tokens=10**12) == generate(model, [1, 2])
+    end = expected[2]
+    for stop in (np.int64(end), np.array(end), np.array([end]), [np.int32(end)]):
+        assert generate(model, [1, 2], stop=stop) == [1, 2, end]
 
 
 def test_impossible_texts(talker: GPTModel) -> None:

@@ -20,16 +20,21 @@ def some_logits(seed: int = 0, batch: int = len(HISTORIES)) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 3, (batch, VOCAB)).astype(np.float32)
 
 
-def by_definition(logits: np.ndarray, histories: list[list[int]], penalties: Penalties) -> Any:
+def by_definition(
+    logits: np.ndarray, histories: list[list[int]], penalties: Penalties, prompt: int = 0
+) -> Any:
     """Token by token, in float64."""
     expected = logits.astype(np.float64)
     for row, history in zip(expected, histories, strict=True):
+        places = range(len(history))[-(penalties.penalty_window or VOCAB) :]
+        held = [history[place] for place in places]
+        said = [history[place] for place in places if place >= prompt]
         for token in range(VOCAB):
             row[token] += penalties.logit_bias.get(token, 0.0)
-            if token in history:
+            if token in held:
                 row[token] *= penalties.repetition_penalty ** (-1 if row[token] > 0 else 1)
-                row[token] -= history.count(token) * penalties.frequency_penalty
-                row[token] -= penalties.presence_penalty
+            row[token] -= said.count(token) * penalties.frequency_penalty
+            row[token] -= (token in said) * penalties.presence_penalty
     return expected
 
 
@@ -40,16 +45,22 @@ def by_definition(logits: np.ndarray, histories: list[list[int]], penalties: Pen
     presence=st.floats(-2, 2),
     bias=st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-100, 100), max_size=5),
     histories=st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=30), min_size=1, max_size=3),
+    window=st.none() | st.integers(1, 31),
+    prompt=st.integers(0, 12),
     seed=st.integers(0, 9),
 )
-def test_they_follow_their_definitions(repetition, frequency, presence, bias, histories, seed):
+def test_they_follow_their_definitions(
+    repetition, frequency, presence, bias, histories, window, prompt, seed
+):
     logits = some_logits(seed, len(histories))
     before = logits.copy()
-    penalties = Penalties(repetition, frequency, presence, bias)
-    expected = by_definition(logits, histories, penalties)
-    np.testing.assert_allclose(penalties(logits, histories), expected, rtol=1e-4, atol=1e-4)
+    penalties = Penalties(repetition, frequency, presence, bias, window)
+    expected = by_definition(logits, histories, penalties, prompt)
+    prompts = [prompt] * len(histories)
+    changed = penalties(logits, histories, prompts=prompts)
+    np.testing.assert_allclose(changed, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(logits, before)
-    assert penalties(logits, histories, out=logits) is logits
+    assert penalties(logits, histories, out=logits, prompts=prompts) is logits
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -81,9 +81,13 @@ def test_options_hold_across_slides(keras_and_file):
     options = {**ENDLESS, "keep": 3, "temperature": 1.0}
     draws = [runtime.generate([1, 2, 3, 4], 90, seed=seed, **options) for seed in (5, 5, 6)]
     assert draws[0] == draws[1] != draws[2]
-    # penalties see what the model has forgotten: 204 different tokens in a context of 32
-    said = runtime.generate([1, 2, 3, 4], 200, presence_penalty=1e4, **ENDLESS)
-    assert len(set(said)) == 204
+    # penalties can see what the model has forgotten: 200 different tokens in a context of 32
+    wide = {"presence_penalty": 1e4, "penalty_window": 1000, **ENDLESS}
+    assert len(set(runtime.generate([1, 2, 3, 4], 200, **wide)[4:])) == 200
+    # by default they look as far back as the context reaches, and so cost the same for ever
+    said = runtime.generate([1, 2, 3, 4], 200, presence_penalty=1e4, **ENDLESS)[4:]
+    assert all(len(set(said[at : at + 33])) == 33 for at in range(200 - 33))
+    assert len(set(said)) < 200
     batch = runtime.generate([[1, 2, 3, 4], [7] * 50], 90, seed=5, **options)
     assert batch[0] == draws[0]
     assert [len(ids) for ids in batch] == [94, 140]

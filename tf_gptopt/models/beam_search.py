@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tf_gptopt.models.choosing import Chooser
 from tf_gptopt.models.decoding import CachedDecoding
 from tf_gptopt.models.gpt import GPTModel
-from tf_gptopt.models.penalties import Penalties
 from tf_gptopt.models.sampling import BeamSampler, largest, log_softmax
 
 
@@ -16,8 +16,7 @@ def beam_search(
     model: GPTModel,
     prompts: Sequence[list[int]],
     limits: np.ndarray,
-    sampler: BeamSampler,
-    penalties: Penalties,
+    chooser: Chooser,
     ends: Callable[[list[int], list[int]], bool],
     stops: int,
 ) -> list[list[int]]:
@@ -30,12 +29,13 @@ def beam_search(
         model: any `GPTModel`, plain or wrapped.
         prompts: token ids.
         limits: `(batch,)`, tokens of each prompt and its completion at most.
-        sampler: the number of beams, and how length counts.
-        penalties: applied to the logits, before they become log-probabilities.
+        chooser: its sampler says the number of beams and how length counts; it adjusts the logits
+            before they become log-probabilities.
         ends: whether new tokens, given the prompt's first, are a finished completion.
         stops: how many token ids end one: so many more candidates are looked at, for beams to go on
             with when all the likeliest have ended.
     """
+    sampler = chooser.sampler
     width = sampler.num_beams
     searches = [
         _Search(prompt, limit - len(prompt), sampler, ends, width * max(2, 1 + stops))
@@ -51,7 +51,8 @@ def beam_search(
         for i, search in enumerate(searches):
             if not search.done:
                 beams = slice(i * width, (i + 1) * width)
-                log_probs = log_softmax(penalties(logits[beams], search.sequences))
+                known = [search.prompt_length] * width
+                log_probs = log_softmax(chooser.adjust(logits[beams], search.sequences, known))
                 parents[beams] = i * width + search.advance(log_probs)
         if all(search.done for search in searches):
             return [search.best for search in searches]
@@ -80,6 +81,10 @@ class _Search:
         self._scores = np.array([0.0] + [-np.inf] * (self._width - 1))
         self._finished: list[tuple[float, list[int]]] = []  # the best first
         self.done = room == 0
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self._prompt)
 
     @property
     def sequences(self) -> list[list[int]]:

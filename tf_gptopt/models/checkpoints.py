@@ -25,7 +25,7 @@ import numpy as np
 from tf_gptopt._errors import UserError, suggest
 from tf_gptopt._files import atomic_path, read_json
 from tf_gptopt._keras import keras
-from tf_gptopt._tokenizer import TOKENIZER_FILE, Tokenizer
+from tf_gptopt._tokenizer import TOKENIZER_FILE, Tokenizer, as_tokenizer, has_tokenizer
 from tf_gptopt.models import huggingface
 from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.models.finite import check_finite
@@ -236,7 +236,7 @@ def load_checkpoint(path: str | os.PathLike) -> GPTModel:
             "has no 'format' and no 'model_type'."
         )
     shape, weights = huggingface.read_gpt2(folder, config)
-    return _build(folder, shape, weights, eot_id=huggingface.end_of_text_id(config))
+    return _build(folder, shape, weights)
 
 
 def save_checkpoint(
@@ -252,10 +252,9 @@ def save_checkpoint(
         return
     if format != "huggingface":
         raise UserError(f"Unknown checkpoint format {format!r}.{suggest(format, FORMATS)}")
-    tokenizer = model.tokenizer if tokenizer is None else tokenizer
-    config, weights = huggingface.to_gpt2(
-        model.config, named_weights(model), getattr(tokenizer, "eot_id", None)
-    )
+    tokenizer = model.tokenizer if tokenizer is None else as_tokenizer(tokenizer)
+    ends = getattr(tokenizer, "eot_ids", ()) or (getattr(tokenizer, "eot_id", None),)
+    config, weights = huggingface.to_gpt2(model.config, named_weights(model), ends)
     _save_folder(model, folder, tokenizer, config, weights, {"format": "pt"})
 
 
@@ -269,7 +268,7 @@ def _save_folder(
 ) -> None:
     folder = Path(folder)
     check_finite(weights)
-    tokenizer = model.tokenizer if tokenizer is None else tokenizer
+    tokenizer = model.tokenizer if tokenizer is None else as_tokenizer(tokenizer)
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model "
@@ -333,7 +332,6 @@ def _build(
     weights: Mapping[str, np.ndarray],
     *,
     tokenizer_hash: str | None = None,
-    eot_id: int | None = None,
 ) -> GPTModel:
     model = GPTModel.from_gpt_config(shape)
     try:
@@ -341,14 +339,15 @@ def _build(
         assign_weights(model, weights)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    if (folder / TOKENIZER_FILE).is_file():
+    if tokenizer_hash or has_tokenizer(folder):
+        file = folder / TOKENIZER_FILE
         # a wrong tokenizer of the right size would be silent nonsense
-        if tokenizer_hash and tokenizer_hash != _sha256(folder / TOKENIZER_FILE):
+        if tokenizer_hash and file.is_file() and tokenizer_hash != _sha256(file):
             raise UserError(
                 f"{folder / TOKENIZER_FILE} is not the tokenizer that the model was saved with. "
                 "Restore the file, or remove 'tokenizer_sha256' from config.json to insist."
             )
-        model.tokenizer = Tokenizer.load(folder, eot_id)
+        model.tokenizer = Tokenizer.load(folder)
     return model
 
 

@@ -6,7 +6,7 @@ numpy only, no TensorFlow: Keras models and TFLite files choose alike.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -27,8 +27,11 @@ class SamplingOptions(TypedDict, total=False):
         top_k: keep the k most likely tokens.
         top_p: keep the most likely tokens that together reach this probability.
         min_p: keep the tokens at least this many times as likely as the likeliest.
-        repetition_penalty, frequency_penalty, presence_penalty: what tokens lose that prompt or
-            completion hold; see `models.penalties.Penalties`.
+        repetition_penalty: what tokens lose that prompt or completion hold; see
+            `models.penalties.Penalties`.
+        frequency_penalty, presence_penalty: what tokens lose that the completion holds.
+        penalty_window: how many of the last tokens these three look at; default as many as the
+            model's context.
         logit_bias: `{token id: number}`, added to the logits; `-float("inf")` forbids a token.
     """
 
@@ -40,6 +43,7 @@ class SamplingOptions(TypedDict, total=False):
     repetition_penalty: float | None
     frequency_penalty: float | None
     presence_penalty: float | None
+    penalty_window: int | None
     logit_bias: Mapping[int, float] | None
 
 
@@ -49,21 +53,38 @@ _PENALTIES = tuple(field.name for field in dataclasses.fields(Penalties))
 
 @dataclasses.dataclass(frozen=True)
 class Chooser:
-    """Penalties, then a sampler."""
+    """Penalties, then a sampler; tokens that mean nothing are never chosen."""
 
     sampler: Sampler | BeamSampler
     penalties: Penalties
+    forbidden: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
 
-    def __call__(self, logits: np.ndarray, history: np.ndarray, rng: np.random.Generator) -> int:
+    def adjust(
+        self, logits: np.ndarray, histories: Sequence[Sequence[int]], prompts: Sequence[int]
+    ) -> np.ndarray:
+        """The logits to choose by, `(batch, vocab_size)` float32; `logits` change where they are.
+
+        Args:
+            logits: `(batch, vocab_size)` float32.
+            histories: the ids of each row's sequence so far.
+            prompts: how many of them are its prompt.
+        """
+        if len(self.forbidden):
+            logits[:, self.forbidden] = -np.inf
+        return self.penalties(logits, histories, out=logits, prompts=prompts)
+
+    def __call__(
+        self, logits: np.ndarray, history: np.ndarray, rng: np.random.Generator, prompt: int = 0
+    ) -> int:
         """The next token of one sequence.
 
         Args:
             logits: `(vocab_size,)` float32; the penalties change them where they are.
             history: `(time,)` integers, the tokens of prompt and completion so far.
             rng: the sequence's own.
+            prompt: how many tokens of the history are the prompt.
         """
-        row = logits[None]
-        chosen = self.sampler(self.penalties(row, [history], out=row), rng)
+        chosen = self.sampler(self.adjust(logits[None], [history], [prompt]), rng)
         token = np.asarray(chosen).reshape(-1)[:1]
         if token.dtype.kind not in "iu" or not token.size or not 0 <= token[0] < len(logits):
             raise UserError(
@@ -74,7 +95,12 @@ class Chooser:
 
 
 def read_options(
-    options: Mapping[str, Any], default: Any = "greedy", *, beams: bool = False
+    options: Mapping[str, Any],
+    default: Any = "greedy",
+    *,
+    beams: bool = False,
+    window: int | None = None,
+    forbidden: Sequence[int] = (),
 ) -> Chooser:
     """The chooser that `SamplingOptions` mean.
 
@@ -82,6 +108,8 @@ def read_options(
         options: `SamplingOptions`.
         default: the sampler without any; anything that `get_sampler` takes.
         beams: whether the caller can search with beams.
+        window: the penalties' window where the options name none.
+        forbidden: ids that are never chosen, see `rows_without_token`.
 
     Raises:
         UserError: for unknown names, impossible values and a sampler beside numbers that mean one.
@@ -103,9 +131,25 @@ def read_options(
             "Beam search knows its text at the end alone and needs several sequences at once: only "
             "generate() of a Keras model has it. Choose another sampler."
         )
-    return Chooser(
-        sampler, Penalties(**{name: given[name] for name in _PENALTIES if name in given})
-    )
+    penalties = {name: given[name] for name in _PENALTIES if name in given}
+    penalties.setdefault("penalty_window", window)
+    return Chooser(sampler, Penalties(**penalties), np.asarray(forbidden, np.int64))
+
+
+def rows_without_token(
+    size: int, tokens: int | None, missing: Sequence[int] | None = None
+) -> np.ndarray:
+    """Rows of a token table of `size` rows that no token belongs to, `(n,)`.
+
+    Tables are padded to a round number (50,304 for 50,257), and a text has no use for such a row.
+
+    Args:
+        size: rows of the table.
+        tokens: one more than the tokenizer's largest id; None where there is no tokenizer.
+        missing: ids below that which the tokenizer has no token for.
+    """
+    padding = np.arange(size if tokens is None else min(tokens, size), size)
+    return np.concatenate([np.asarray(missing or (), np.int64), padding])
 
 
 def make_generators(seed: int | None, count: int) -> list[np.random.Generator]:

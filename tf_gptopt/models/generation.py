@@ -8,7 +8,13 @@ from typing import Any, Unpack
 import numpy as np
 
 from tf_gptopt.models.beam_search import beam_search
-from tf_gptopt.models.choosing import Chooser, SamplingOptions, make_generators, read_options
+from tf_gptopt.models.choosing import (
+    Chooser,
+    SamplingOptions,
+    make_generators,
+    read_options,
+    rows_without_token,
+)
 from tf_gptopt.models.decoding import CachedDecoding
 from tf_gptopt.models.gpt import GPTModel, require_gpt
 from tf_gptopt.models.prompts import check_prompts, length_limits, read_inputs, read_stop
@@ -58,7 +64,7 @@ def generate(
     check_prompts(prompts, model)
     limits = length_limits(prompts, model.config.max_sequence_length, max_length, max_new_tokens)
     stop_ids, stop_strings = read_stop(stop, tokenizer, stop_at_eot)
-    chooser = read_options(options, model.sampler, beams=True)
+    chooser = _chooser(model, options, beams=True)
 
     if isinstance(chooser.sampler, BeamSampler):
 
@@ -68,9 +74,7 @@ def generate(
             said = text_after(tokenizer, prompt, tokens) if stop_strings else ""
             return any(s in said for s in stop_strings)
 
-        completions = beam_search(
-            model, prompts, limits, chooser.sampler, chooser.penalties, is_over, len(stop_ids)
-        )
+        completions = beam_search(model, prompts, limits, chooser, is_over, len(stop_ids))
         return give_back(completions, stop_ids, stop_strings)
 
     streams = [
@@ -107,7 +111,7 @@ def stream(
     limits = length_limits(prompts, model.config.max_sequence_length, None, max_new_tokens)
     stop_ids, stop_strings = read_stop(stop, model.tokenizer, stop_at_eot=True)
     text = open_stream(model.tokenizer, stop_strings, prompts[0])
-    chooser = read_options(options, model.sampler)
+    chooser = _chooser(model, options)
     tokens = _decode(model, prompts, limits, chooser, seed, lambda _, token: token in stop_ids)
     for _, token in tokens:
         if token not in stop_ids and (piece := text.push(token)):
@@ -116,6 +120,13 @@ def stream(
             return
     if rest := text.finish():
         yield rest
+
+
+def _chooser(model: GPTModel, options: SamplingOptions, beams: bool = False) -> Chooser:
+    tokenizer, size = model.tokenizer, model.config.vocab_size
+    known = (getattr(tokenizer, name, None) for name in ("vocab_size", "ids_without_token"))
+    forbidden = rows_without_token(size, *known)
+    return read_options(options, model.sampler, beams=beams, forbidden=forbidden)
 
 
 def _decode(
@@ -139,7 +150,8 @@ def _decode(
     logits = decoding.prefill(prompts)
     while True:
         for row in np.flatnonzero(active):
-            token = chooser(logits[row], token_ids[row, : lengths[row]], rngs[row])
+            history = token_ids[row, : lengths[row]]
+            token = chooser(logits[row], history, rngs[row], len(prompts[row]))
             token_ids[row, lengths[row]] = token
             lengths[row] += 1
             active[row] = lengths[row] < limits[row] and not ends(int(row), token)

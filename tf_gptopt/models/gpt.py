@@ -103,7 +103,7 @@ class GPTModel(CheckedFit, ReadableErrors, keras.Model):
         # its layers' policy, whatever is global now: `compile` scales the loss under mixed_float16
         self._set_dtype_policy(getattr(inner, "layer", inner).dtype_policy)
         self.config = config
-        self.tokenizer = None
+        self._tokenizer = None
         self.sampler = "greedy"
         self._recompute = False
         # metrics are sums over replicas already; Keras would add those of several workers up again
@@ -150,6 +150,18 @@ class GPTModel(CheckedFit, ReadableErrors, keras.Model):
         save_model(self, folder)
 
     # Keras
+
+    @property
+    def tokenizer(self) -> Any:
+        """The `Tokenizer` that belongs to the model, or None. One of transformers or `tokenizers`
+        becomes ours when it is set."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        from tf_gptopt._tokenizer import as_tokenizer
+
+        self._tokenizer = as_tokenizer(value)
 
     @property
     def recompute(self) -> bool:

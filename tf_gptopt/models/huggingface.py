@@ -7,7 +7,7 @@ Keras does, so only names change; the output table of an untied model is transpo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +75,8 @@ def read_gpt2(folder: Path, config: dict[str, Any]) -> tuple[GPTConfig, dict[str
     return _gpt_config(config, tied), weights
 
 
-def end_of_text_id(config: dict[str, Any]) -> int | None:
-    """`eos_token_id` of a config.json: a number, or a list whose first is taken, or nothing."""
-    value = config.get("eos_token_id")
-    if isinstance(value, list):
-        value = value[0] if value else None
-    return value
-
-
 def to_gpt2(
-    config: GPTConfig, weights: Mapping[str, np.ndarray], eot_id: int | None = None
+    config: GPTConfig, weights: Mapping[str, np.ndarray], eot_ids: Sequence[int | None] = (None,)
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """config.json and tensors of the same model for `transformers`.
 
@@ -121,8 +113,8 @@ def to_gpt2(
         "embd_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
+        "bos_token_id": eot_ids[0],
+        "eos_token_id": list(eot_ids) if len(eot_ids) > 1 else eot_ids[0],
     }
     tensors = {}
     for name, tensor in weights.items():

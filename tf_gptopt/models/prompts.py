@@ -9,6 +9,7 @@ import numpy as np
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.models.gpt import GPTModel
+from tf_gptopt.models.sampling import is_count
 from tf_gptopt.models.text_stream import text_after
 
 GiveBack = Callable[[list[list[int]], set[int], list[str]], Any]
@@ -23,7 +24,8 @@ def read_inputs(inputs: Any, tokenizer: Any) -> tuple[list[list[int]], GiveBack]
                 "a folder that has a tokenizer.json."
             )
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
-        prompts = [[int(i) for i in tokenizer.encode(text)] for text in texts]
+        encode = getattr(tokenizer, "encode_prompt", tokenizer.encode)
+        prompts = [[int(i) for i in encode(text)] for text in texts]
 
         def as_text(completions: list[list[int]], stop_ids: set[int], stops: list[str]) -> Any:
             found = [
@@ -123,10 +125,11 @@ def length_limits(
     if max_length is not None and max_new_tokens is not None:
         raise UserError("Give max_length (prompt and completion) or max_new_tokens, not both.")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
+        if value is not None and not is_count(value):
+            raise UserError(f"{name} must be positive, a whole number. Received: {name}={value!r}.")
     if max_new_tokens is not None:
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be positive. Received: {max_new_tokens}.")
-        return np.minimum(lengths + max_new_tokens, context)
+        return np.minimum(lengths + min(max_new_tokens, context), context)
     if max_length is None:
         return np.full_like(lengths, context)
     if max_length > context:
@@ -144,14 +147,20 @@ def length_limits(
 
 def read_stop(stop: Any, tokenizer: Any, stop_at_eot: bool) -> tuple[set[int], list[str]]:
     """The token ids and the strings that end a completion."""
-    items = [] if stop is None else [stop] if isinstance(stop, (str, int)) else list(stop)
+    try:
+        items = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    except TypeError:  # a number, or an array that is one
+        items = [stop]
     strings = [item for item in items if isinstance(item, str)]
     ids = [item for item in items if not isinstance(item, str)]
     if strings and tokenizer is None:
         raise UserError("Stop strings need a tokenizer. Set model.tokenizer, or stop at token ids.")
     if "" in strings:
         raise UserError("An empty stop string would stop everything. Leave it out.")
-    stop_ids = set(_ids(ids))
-    if stop_at_eot and tokenizer is not None and tokenizer.eot_id is not None:
-        stop_ids.add(int(tokenizer.eot_id))
+    if not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in ids):
+        raise UserError(f"stop is one or more strings or token ids. Received: stop={stop!r}.")
+    stop_ids = {int(i) for i in ids}
+    if stop_at_eot and tokenizer is not None:
+        ends = getattr(tokenizer, "eot_ids", None) or (getattr(tokenizer, "eot_id", None),)
+        stop_ids.update(int(i) for i in ends if i is not None)
     return stop_ids, strings

@@ -129,7 +129,7 @@ class BeamSampler:
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not _is_count(self.num_beams):
+        if not is_count(self.num_beams):
             raise UserError(
                 f"num_beams must be a positive integer. Received: num_beams={self.num_beams!r}."
             )
@@ -273,12 +273,13 @@ def _pick_all(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.take_along_axis(values, ids, -1)
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether it is an integer of 1 or more."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
 
 
 def _check_k(k: Any) -> None:
-    if not _is_count(k):
+    if not is_count(k):
         raise UserError(f"top_k must be a positive integer. Received: k={k!r}.")
 
 

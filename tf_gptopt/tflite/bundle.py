@@ -20,18 +20,28 @@ from pathlib import Path
 from typing import Any
 
 from tf_gptopt._errors import UserError
-from tf_gptopt._tokenizer import END_OF_TEXT, TOKENIZER_FILE, Tokenizer
+from tf_gptopt._tokenizer import CONFIG_FILE as SETTINGS_FILE
+from tf_gptopt._tokenizer import (
+    END_OF_TEXT,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    Tokenizer,
+    has_tokenizer,
+)
 from tf_gptopt._version import __version__
 
 CONFIG_FILE = "config.json"
 MADE_FILE = "made.json"
-_TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json")
+_TOKENIZER_FILES = (TOKENIZER_FILE, SETTINGS_FILE, TEMPLATE_FILE)
 # what a tokenizer's folder may hold, for one that lies beside a file
 _BESIDE = (
     *_TOKENIZER_FILES,
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "added_tokens.json",
     "special_tokens_map.json",
     "generation_config.json",
-    "chat_template.jinja",
 )
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the first date of ZIP: equal content gives equal bytes
 _MOST_BYTES = 2**28  # of a packed file when unpacked: far above any tokenizer
@@ -106,9 +116,10 @@ def tokenizer_beside(path: str | os.PathLike) -> dict[str, bytes]:
     Raises:
         UserError: when they cannot be read.
     """
-    beside = [Path(path).parent / name for name in _BESIDE]
-    if not beside[0].is_file():
+    folder = Path(path).parent
+    if not has_tokenizer(folder):
         return {}
+    beside = [folder / name for name in _BESIDE]
     try:
         return {file.name: file.read_bytes() for file in beside if file.is_file()}
     except OSError as error:
@@ -120,10 +131,14 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
     try:
         temporary = tempfile.TemporaryDirectory()
     except OSError:  # a system without a folder to write to
-        settings = json.loads(files.get(_TOKENIZER_FILES[1], b"{}"))
+        if TOKENIZER_FILE not in files:
+            raise
+        settings = json.loads(files.get(SETTINGS_FILE, b"{}"))
         token = settings.get("eos_token") or END_OF_TEXT
         token = token["content"] if isinstance(token, dict) else token
-        return Tokenizer(files[TOKENIZER_FILE].decode(), token)
+        template = files[TEMPLATE_FILE].decode() if TEMPLATE_FILE in files else None
+        content = files[TOKENIZER_FILE].decode()
+        return Tokenizer(content, token, settings=settings, chat_template=template)
     with temporary as folder:
         for name in _BESIDE:
             if name in files:

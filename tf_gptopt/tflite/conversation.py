@@ -106,7 +106,8 @@ class Conversation(Session):
                 than the context is an error. `"slide"` goes on without the older half: the first
                 `keep` tokens and the latest half of the others are read again, since learned
                 positions cannot be shifted. A longer prompt is taken as if it had come token by
-                token. Penalties see all tokens, forgotten ones too.
+                token. Penalties look at as many last tokens as the
+                context has, or `penalty_window`.
             keep: tokens at the beginning that `"slide"` never forgets, such as an instruction.
             draft: what guesses tokens ahead, for the model to check several at once: a small file
                 of the same tokenizer, loaded or its path, or `"lookup"` for what followed the last
@@ -184,7 +185,12 @@ class Conversation(Session):
         options: Mapping[str, Any],
     ) -> _Request:
         limits = Limits(self.config.max_sequence_length, max_new_tokens, overflow, keep)
-        stops, chooser = as_stop_strings(stop), read_options(options)
+        chooser = read_options(
+            options,
+            window=self.config.max_sequence_length,  # what the model no longer sees does not count
+            forbidden=self._vocabulary.ids_without_token,
+        )
+        stops = as_stop_strings(stop)
         return _Request(limits, stops, chooser, self._speculate(draft))
 
     def _speculate(self, draft: Any) -> Speculation | None:
@@ -200,7 +206,7 @@ class Conversation(Session):
     def _read(self, name: str, prompt: Any, request: _Request) -> np.ndarray:
         """A prompt's ids; `name` begins the error that says what is wrong with it."""
         try:
-            ids = self._vocabulary.as_ids(prompt)
+            ids = self._vocabulary.as_prompt(prompt)
             request.limits.check_prompt(len(ids))
         except UserError as error:
             raise UserError(f"{name}{error}") from None
@@ -219,7 +225,7 @@ class Conversation(Session):
     ) -> Iterator[str]:
         text = open_stream(self.tokenizer, request.stops, ids)
         for token in self._generate(ids, request, rng, text):
-            if text.piece and token != self.eot_id:
+            if text.piece and token not in self.eot_ids:
                 yield text.piece
         if rest := text.finish():
             yield rest
@@ -240,13 +246,13 @@ class Conversation(Session):
         source = self._program, self._cache, history, request.chooser, rng
         speculation = request.speculation
         tokens = speculated_tokens(*source, speculation) if speculation else next_tokens(*source)
-        room = limits.room(len(ids))
+        room, ends = limits.room(len(ids)), self.eot_ids
         for _ in itertools.count() if room is None else range(room):
             with self._turns.take(turn):
                 token = next(tokens)
             self.draft_stats = speculation and speculation.stats
             reason = None
-            if token == self.eot_id:
+            if token in ends:
                 reason = "eot"
             elif text is not None:
                 text.push(token)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._files import atomic_path
+from tf_gptopt._tokenizer import as_tokenizer
 from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.compression.quantization.found_scheme import find_scheme
 from tf_gptopt.models.config import GPTConfig
@@ -126,7 +127,7 @@ def export_tflite(
         from tf_gptopt.compression.quantization.ptq import quantize
 
         quantized = quantize(plain, quant, calibration)
-    tokenizer = tokenizer or model.tokenizer
+    tokenizer = as_tokenizer(tokenizer or model.tokenizer)
     _check_tokenizer(tokenizer, plain.config)
     files = bundle.tokenizer_files(tokenizer)
     path = Path(path)
@@ -292,4 +293,9 @@ def _describe(tokenizer: Any) -> dict[str, Any] | None:
     if tokenizer is None:
         return None
     names = ("vocab_size", "fingerprint", "eot_id")
-    return {name: getattr(tokenizer, name, None) for name in names}
+    known = {name: getattr(tokenizer, name, None) for name in names}
+    if len(ends := getattr(tokenizer, "eot_ids", ())) > 1:
+        known["eot_ids"] = list(ends)
+    if unused := getattr(tokenizer, "ids_without_token", ()):
+        known["ids_without_token"] = list(unused)
+    return known

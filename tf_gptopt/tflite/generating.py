@@ -27,7 +27,7 @@ class History:
     def __init__(self, ids: np.ndarray, context: int, keep: int = 0) -> None:
         self._tokens = ids.copy()
         self._context, self._keep = context, keep
-        self.length = len(ids)
+        self.length = self.prompt_length = len(ids)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -66,6 +66,6 @@ def next_tokens(
     while True:
         visible = history.visible
         logits = program.read(cache, visible[cache.rewind(visible) :])
-        token = chooser(logits, history.tokens, rng)
+        token = chooser(logits, history.tokens, rng, history.prompt_length)
         history.append(token)
         yield token

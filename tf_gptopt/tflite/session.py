@@ -112,7 +112,8 @@ class Session:
         """
         as_ids = self._vocabulary.as_ids
         ids = as_ids(text)
-        before, ids = (ids[:1], ids[1:]) if prompt is None else (as_ids(prompt), ids)
+        before = ids[:1] if prompt is None else self._vocabulary.as_prompt(prompt)
+        ids = ids[1:] if prompt is None else ids
         if not len(ids):
             raise UserError(
                 "One token alone has nothing before it to score it by. Give a longer text, or a "
@@ -136,6 +137,11 @@ class Session:
     def eot_id(self) -> int | None:
         """The token that ends a text, if the model was exported with a tokenizer or has one."""
         return self._vocabulary.eot_id
+
+    @property
+    def eot_ids(self) -> tuple[int, ...]:
+        """All tokens that end a text; a chat model may have several."""
+        return self._vocabulary.eot_ids
 
     def _check_room(self, used: int, count: int) -> None:
         context = self.config.max_sequence_length

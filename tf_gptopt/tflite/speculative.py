@@ -113,7 +113,7 @@ def speculated_tokens(
             if not len(draft):
                 pace.saw_decode(seconds)
         for said, row in enumerate(logits):
-            token = chooser(row, history.tokens, rng)
+            token = chooser(row, history.tokens, rng, history.prompt_length)
             goes_on = said < len(draft) and token == draft[said]
             if len(unread) == 1:
                 speculation.stats.accepted += int(goes_on)

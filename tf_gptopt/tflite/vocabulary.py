@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 
 from tf_gptopt._errors import UserError
-from tf_gptopt.tflite.bundle import kept_tokenizer, load_tokenizer, tokenizer_beside
+from tf_gptopt._tokenizer import as_tokenizer
+from tf_gptopt.models.choosing import rows_without_token
+from tf_gptopt.tflite.bundle import (
+    kept_tokenizer,
+    load_tokenizer,
+    read_tokenizer,
+    tokenizer_beside,
+)
 
 
 def is_batch(prompt: Any) -> bool:
@@ -35,7 +42,9 @@ class Vocabulary:
     def __init__(self, path: Path, metadata: dict[str, Any], tokenizer: Any = None) -> None:
         self.size = metadata["gpt"]["vocab_size"]
         self._path, self._known = path, dict(metadata["tokenizer"] or {})
-        self._tokenizer = None if tokenizer is None else self._check(tokenizer)
+        self._tokenizer = None
+        if tokenizer is not None:
+            self._tokenizer = self._check(as_tokenizer(tokenizer), tokenizer)
         # now: by the time that text comes in, another file may have this one's name
         self._files = kept_tokenizer(path) if tokenizer is None else {}
 
@@ -59,9 +68,21 @@ class Vocabulary:
     @property
     def eot_id(self) -> int | None:
         """The token that ends a text, if the model was exported with a tokenizer or has one."""
-        if self._tokenizer is not None:
-            return getattr(self._tokenizer, "eot_id", None)
-        return self._known.get("eot_id")
+        return getattr(self._tokenizer, "eot_id", self._known.get("eot_id"))
+
+    @property
+    def eot_ids(self) -> tuple[int, ...]:
+        """All tokens that end a text: those of the tokenizer, and those that the file knows."""
+        ids = [self.eot_id, *getattr(self._tokenizer, "eot_ids", ())]
+        ids += self._known.get("eot_ids") or []
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+    @property
+    def ids_without_token(self) -> np.ndarray:
+        """The rows of the table that mean nothing, `(n,)`: a table is often padded."""
+        source = self._tokenizer or self._known
+        get = source.get if isinstance(source, dict) else lambda name: getattr(source, name, None)
+        return rows_without_token(self.size, get("vocab_size"), get("ids_without_token"))
 
     def check_same(self, other: Vocabulary) -> None:
         """
@@ -80,6 +101,12 @@ class Vocabulary:
                 f"{ours[:12]} and {theirs[:12]}): a draft must have the target's. Distill one from "
                 "the target."
             )
+
+    def as_prompt(self, text: str | Sequence[int]) -> np.ndarray:
+        """`as_ids`, and a text begins with the tokens that the tokenizer puts before one."""
+        if isinstance(text, str) and text and hasattr(self.tokenizer, "encode_prompt"):
+            return self.check_ids(self.tokenizer.encode_prompt(text))
+        return self.as_ids(text)
 
     def as_ids(self, text: str | Sequence[int]) -> np.ndarray:
         """Text or ids as ids, `(time,)` int32 with at least one.
@@ -110,7 +137,8 @@ class Vocabulary:
             )
         return array.astype(np.int32)
 
-    def _check(self, tokenizer: Any) -> Any:
+    def _check(self, tokenizer: Any, given: Any = None) -> Any:
+        """A tokenizer that may have been made from the given one, if it belongs to the file."""
         if not all(callable(getattr(tokenizer, name, None)) for name in ("encode", "decode")):
             raise UserError(
                 "A tokenizer has encode(text) and decode(ids), such as Tokenizer.load(folder). "
@@ -124,10 +152,18 @@ class Vocabulary:
                 f"The tokenizer knows {size} tokens and {self._path} only {self.size}: "
                 "it belongs to another model. Take the tokenizer.json that was exported with it."
             )
-        if mark and expected and mark != expected:
+        if mark and expected and mark != expected and not self._means_the_same(tokenizer, given):
             raise UserError(
                 f"The tokenizer is not the one that {self._path} was exported with (fingerprint "
                 f"{mark[:12]}, expected {expected[:12]}): the text would be nonsense. "
                 "Take the tokenizer.json that was exported with it."
             )
         return tokenizer
+
+    def _means_the_same(self, tokenizer: Any, given: Any) -> bool:
+        """Whether one that was made from somebody else's, who writes files in another way, has the
+        tokens of the file's own."""
+        if given is None or given is tokenizer:
+            return False
+        own = read_tokenizer(self._path)
+        return own is not None and own.has_same_tokens(tokenizer)
