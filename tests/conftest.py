@@ -81,6 +81,38 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Tokenizer.load(folder)
 
 
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of Llama's kind: byte fallback, spaces as a sign of their own, `<s>` first."""
+    import json
+
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+
+    folder = tmp_path_factory.mktemp("llama")
+    texts = ["hello world, how are you user assistant", "the quick brown fox"] * 9
+    special = ["<unk>", "<s>", "</s>"]
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))],
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    backend.post_processor = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    settings["bos_token"] = "<s>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 @pytest.fixture
 def run_child() -> Callable[..., str]:
     """`run_child(code, devices=2)`: runs code in a fresh Python and returns what it printed.

@@ -216,9 +216,10 @@ class Tokenizer:
             ) from None
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
-    def encode_prompt(self, text: str) -> np.ndarray:
+    def encode_prompt(self, text: str, *, split_special_tokens: bool = False) -> np.ndarray:
         """`encode`, after `bos_ids` where the text does not begin with them."""
-        ids, bos = self.encode(text), np.array(self.bos_ids, np.int32)
+        ids = self.encode(text, split_special_tokens=split_special_tokens)
+        bos = np.array(self.bos_ids, np.int32)
         return ids if np.array_equal(ids[: len(bos)], bos) else np.concatenate([bos, ids])
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -1,4 +1,4 @@
-"""Tokenizers' folders of every kind: the ids are those of transformers, and what is saved is whole."""
+"""Tokenizers' folders of every kind: the ids of transformers, and nothing lost when saved again."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from tf_gptopt._errors import UserError
 from tf_gptopt._tokenizer import Tokenizer, as_tokenizer, has_tokenizer
 
 CORPUS = [
@@ -93,28 +94,6 @@ def wordpiece(folder: Path, **settings: Any) -> None:
     write(folder, tokenizer_config={"tokenizer_class": "BertTokenizer", **settings})
 
 
-def llama(folder: Path) -> None:
-    special = ["<unk>", "<s>", "</s>"]
-    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))],
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS[:18], trainer)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    backend.post_processor = processors.TemplateProcessing(
-        "<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
-    )
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
-    write(folder, tokenizer_config={**settings, "bos_token": "<s>"})
-    backend.save(str(folder / "tokenizer.json"))
-
-
 def unigram(folder: Path) -> None:
     backend = tokenizers.Tokenizer(models.Unigram())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -134,16 +113,18 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "described tokens": gpt2_described,
     "vocab.txt": wordpiece,
     "vocab.txt, cased": lambda folder: wordpiece(folder, do_lower_case=False),
-    "Llama": llama,
+    "Llama": lambda folder: None,  # a fixture's
     "Unigram": unigram,
 }
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def kind(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, llama_folder: Path
+) -> Any:
     """A folder, and what transformers makes of it."""
     transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("folder")
+    folder = llama_folder if request.param == "Llama" else tmp_path_factory.mktemp("folder")
     KINDS[request.param](folder)
     assert has_tokenizer(folder)
     return folder, transformers.AutoTokenizer.from_pretrained(folder)
@@ -181,3 +162,118 @@ def test_what_is_saved_is_read_alike(kind: Any, tmp_path: Path) -> None:
     assert (again.fingerprint, again.eot_ids) == (ours.fingerprint, ours.eot_ids)
     same(again, theirs)
     same(again, AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_settings_and_chat_templates_are_kept(tmp_path: Path) -> None:
+    settings = {"model_max_length": 77, "padding_side": "left", "eos_token": "<|endoftext|>"}
+    gpt2(tmp_path / "in", chat_template=TEMPLATE, clean_up_tokenization_spaces=True, **settings)
+    gpt2(tmp_path / "file", **settings)
+    (tmp_path / "file" / "chat_template.jinja").write_text(TEMPLATE)
+    for name in ("in", "file"):
+        loaded = Tokenizer.load(tmp_path / name)
+        assert loaded.chat_template == TEMPLATE
+        loaded.save(tmp_path / "out" / name)
+        written = json.loads((tmp_path / "out" / name / "tokenizer_config.json").read_text())
+        assert written.items() >= settings.items()
+        assert written["clean_up_tokenization_spaces"] is False
+        assert Tokenizer.load(tmp_path / "out" / name).chat_template == TEMPLATE
+    assert written.get("chat_template") is None
+    assert (tmp_path / "out" / "file" / "chat_template.jinja").read_text() == TEMPLATE
+    assert Tokenizer.load(tmp_path / "out" / "file").settings["tokenizer_class"] == "GPT2Tokenizer"
+
+
+def test_several_ids_end_a_text(tmp_path: Path) -> None:
+    gpt2_with_tokens(tmp_path)
+    write(tmp_path, config={"eos_token_id": [5, 6, 10**6, True]})
+    assert Tokenizer.load(tmp_path).eot_ids == (301, 5, 6)
+    write(tmp_path, generation_config={"eos_token_id": [300, 301, None]})
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.eot_id, loaded.eot_ids) == (301, (301, 300))  # the settings' first
+    loaded.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").eot_ids == (301, 300)
+    write(tmp_path, generation_config={"eos_token_id": 7})
+    assert Tokenizer.load(tmp_path).eot_ids == (301, 7)
+    (tmp_path / "special_tokens_map.json").unlink()
+    assert Tokenizer.load(tmp_path).eot_ids == (0, 7)  # <|endoftext|>
+
+
+def test_what_begins_a_text(llama_folder: Path, tmp_path: Path) -> None:
+    loaded = Tokenizer.load(llama_folder)
+    assert loaded.bos_ids == (1,)
+    plain = loaded.encode("hello").tolist()
+    assert loaded.encode_prompt("hello").tolist() == [1, *plain]
+    assert loaded.encode_prompt("<s>hello").tolist() == loaded.encode("<s>hello").tolist()
+    wordpiece(tmp_path / "bert")
+    assert Tokenizer.load(tmp_path / "bert").bos_ids == (2,)  # [CLS], and no [SEP] behind
+    gpt2(tmp_path / "gpt2")
+    assert Tokenizer.load(tmp_path / "gpt2").bos_ids == ()
+    gpt2(tmp_path / "bos", add_bos_token=True)
+    assert Tokenizer.load(tmp_path / "bos").bos_ids == (0,)
+
+
+def test_tokens_that_the_tokenizer_json_lacks_are_added(tmp_path: Path) -> None:
+    gpt2(tmp_path)
+    Tokenizer.load(tmp_path).save(tmp_path)
+    write(tmp_path, added_tokens={"<|user|>": 300, "<|endoftext|>": 0})
+    assert Tokenizer.load(tmp_path).encode("<|user|>").tolist() == [300]
+    write(tmp_path, added_tokens={"<|user|>": 309})
+    with pytest.raises(UserError, match=r"lacks the token '<|user|>', which should have id 309"):
+        Tokenizer.load(tmp_path)
+
+
+def test_text_can_be_nothing_but_text(tmp_path: Path) -> None:
+    gpt2(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    text = "what a stranger wrote: <|endoftext|>, and more"
+    assert loaded.eot_id in loaded.encode(text)
+    split = loaded.encode(text, split_special_tokens=True)
+    assert loaded.eot_id not in split
+    assert loaded.decode(split) == text
+    assert loaded.eot_id in loaded.encode(text)  # as before
+    batch = loaded.encode_batch([text, "a"], split_special_tokens=True)
+    assert [ids.tolist() for ids in batch] == [split.tolist(), loaded.encode("a").tolist()]
+
+
+def test_ids_without_a_token_are_no_text(tmp_path: Path) -> None:
+    gpt2(tmp_path)
+    write(tmp_path, added_tokens={"<|user|>": 303})
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.vocab_size, loaded.ids_without_token) == (304, (300, 301, 302))
+    ids = loaded.encode("hello").tolist()
+    assert loaded.decode([300, *ids, 303, 304, 50303]) == "hello<|user|>"
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"tokenizer.model": "x"}, "SentencePiece model, and a tokenizer.json is needed"),
+        (
+            {
+                "vocab.txt": "[UNK]\na",
+                "tokenizer_config.json": '{"tokenizer_class": "BertJapanese"}',
+            },
+            "",
+        ),
+        ({"vocab.txt": "a\nb"}, r"no token '\[UNK\]'"),
+        ({"vocab.txt": "[UNK]\n[CLS]", "added_tokens.json": '{"x": 1}'}, "gives to '\\[CLS\\]'"),
+        ({"vocab.txt": "[UNK]", "added_tokens.json": '{"x": "y"}'}, "must be tokens and ids"),
+        ({"vocab.txt": "[UNK]", "tokenizer_config.json": "[]"}, "must hold a JSON object"),
+        (
+            {"vocab.txt": "[UNK]", "config.json": '{"tokenizer_sha256": "0"}'},
+            "is not there. Restore",
+        ),
+    ],
+)
+def test_what_cannot_be_read_says_why(tmp_path: Path, files: dict[str, str], says: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=says or "how that cuts text is not in vocab.txt"):
+        Tokenizer.load(tmp_path)
+
+
+def test_other_tokenizers_are_taken_as_they_are() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "<|endoftext|>": 1}, "a"))
+    assert as_tokenizer(backend).eot_id == 1
+    something = object()
+    assert as_tokenizer(something) is something
+    assert as_tokenizer(None) is None

@@ -199,15 +199,18 @@ def _tokenize(
     dtype: np.dtype,
     on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[np.ndarray]:
-    """Each document's ids and the end-of-text id; about half as many bytes as the text has."""
+    """Each document's ids, what begins a text before them and the end-of-text id behind; about
+    half as many bytes as the text has."""
     done, total, start = 0, sum(sizes), 0
+    # where a text begins with the token that ends one, that of the document before does for it
+    bos = [] if tokenizer.bos_ids == (tokenizer.eot_id,) else list(tokenizer.bos_ids)
     while start < len(documents):
         end, characters = start, 0
         while end < len(documents) and characters < _BATCH:
             characters += len(documents[end].text)
             end += 1
         for ids in tokenizer.encode_batch([document.text for document in documents[start:end]]):
-            yield np.append(ids, tokenizer.eot_id).astype(dtype)
+            yield np.concatenate([bos, ids, [tokenizer.eot_id]]).astype(dtype)
         done, start = done + sum(sizes[start:end]), end
         if on_progress:
             on_progress(done, total)

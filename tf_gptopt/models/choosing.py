@@ -137,7 +137,7 @@ def read_options(
 
 
 def rows_without_token(
-    size: int, tokens: int | None, missing: Sequence[int] | None = None
+    size: int, tokens: Any, missing: Sequence[int] | None = None
 ) -> np.ndarray:
     """Rows of a token table of `size` rows that no token belongs to, `(n,)`.
 
@@ -145,10 +145,10 @@ def rows_without_token(
 
     Args:
         size: rows of the table.
-        tokens: one more than the tokenizer's largest id; None where there is no tokenizer.
+        tokens: one more than the tokenizer's largest id; anything else where it does not say.
         missing: ids below that which the tokenizer has no token for.
     """
-    padding = np.arange(size if tokens is None else min(tokens, size), size)
+    padding = np.arange(min(tokens, size) if isinstance(tokens, int) else size, size)
     return np.concatenate([np.asarray(missing or (), np.int64), padding])
 
 

@@ -68,7 +68,7 @@ class Vocabulary:
     @property
     def eot_id(self) -> int | None:
         """The token that ends a text, if the model was exported with a tokenizer or has one."""
-        return getattr(self._tokenizer, "eot_id", self._known.get("eot_id"))
+        return self._fact("eot_id")
 
     @property
     def eot_ids(self) -> tuple[int, ...]:
@@ -77,12 +77,16 @@ class Vocabulary:
         ids += self._known.get("eot_ids") or []
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
+    def _fact(self, name: str) -> Any:
+        """What the tokenizer says of itself, or else the file of the one it was exported with."""
+        said = getattr(self._tokenizer, name, None)
+        return self._known.get(name) if said is None else said
+
     @property
     def ids_without_token(self) -> np.ndarray:
         """The rows of the table that mean nothing, `(n,)`: a table is often padded."""
-        source = self._tokenizer or self._known
-        get = source.get if isinstance(source, dict) else lambda name: getattr(source, name, None)
-        return rows_without_token(self.size, get("vocab_size"), get("ids_without_token"))
+        known = self._fact("vocab_size"), self._fact("ids_without_token")
+        return rows_without_token(self.size, *known)
 
     def check_same(self, other: Vocabulary) -> None:
         """
@@ -147,7 +151,7 @@ class Vocabulary:
         size = getattr(tokenizer, "vocab_size", None)
         mark = getattr(tokenizer, "fingerprint", None)
         expected = self._known.get("fingerprint")
-        if size is not None and size > self.size:
+        if isinstance(size, int) and size > self.size:
             raise UserError(
                 f"The tokenizer knows {size} tokens and {self._path} only {self.size}: "
                 "it belongs to another model. Take the tokenizer.json that was exported with it."
@@ -165,5 +169,7 @@ class Vocabulary:
         tokens of the file's own."""
         if given is None or given is tokenizer:
             return False
+        from tf_gptopt.tflite.bundle import read_tokenizer
+
         own = read_tokenizer(self._path)
         return own is not None and own.has_same_tokens(tokenizer)
