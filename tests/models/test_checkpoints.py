@@ -322,6 +322,8 @@ def torch_logits(model: Any, ids: np.ndarray) -> np.ndarray:
         {"n_embd": 33, "n_head": 3, "n_inner": 1, "layer_norm_epsilon": 1e-3},
         {"n_embd": 16, "n_head": 16, "tie_word_embeddings": False},
         {"activation_function": "gelu_pytorch_tanh", "n_layer": 5, "n_positions": 64},
+        {"activation_function": "gelu", "scale_attn_by_inverse_layer_idx": True, "n_layer": 3},
+        {"activation_function": "relu", "scale_attn_weights": False},
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1])
@@ -385,9 +387,13 @@ def test_bfloat16_weights(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"model_type": "llama"}, "'llama'"),
-        ({"activation_function": "relu"}, "gelu_new.*'relu'"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
-        ({"scale_attn_weights": False}, "scale_attn_weights=False"),
+        ({"activation_function": "silu"}, "gelu_new.*'silu'"),
+        ({"activation_function": ["gelu"]}, "must be one of"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            r"quantized \(.*fp8",
+        ),
+        ({"attn_pdrop": "0.1"}, "attn_pdrop must be a number"),
         ({"add_cross_attention": True}, "add_cross_attention=True"),
         ({"n_head": None}, "lacks n_head"),
         ({"n_head": 5}, "n_head must divide n_embd"),
@@ -402,6 +408,78 @@ def test_unsupported_options(tmp_path: Path, change: dict[str, Any], message: st
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(UserError, match=message):
         load_checkpoint(tmp_path)
+
+
+def test_options_are_judged_before_a_tensor_is_read(tmp_path: Path) -> None:
+    for change, message in [
+        ({"model_type": "llama"}, "Only model_type 'gpt2'"),
+        ({"activation_function": "silu"}, "'silu'"),
+        ({"n_head": 5}, "num_heads must divide"),
+    ]:
+        shape = {"model_type": "gpt2", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2}
+        (tmp_path / "config.json").write_text(json.dumps({**shape, **change}))
+        with pytest.raises(UserError, match=message):  # and not that there are no weights
+            load_checkpoint(tmp_path)
+
+
+def test_sizes_under_their_other_names(tmp_path: Path) -> None:
+    theirs = gpt2()
+    theirs.save_pretrained(tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for ours, other in [
+        ("n_embd", "hidden_size"),
+        ("n_layer", "num_hidden_layers"),
+        ("n_head", "num_attention_heads"),
+        ("n_positions", "max_position_embeddings"),
+    ]:
+        config[other] = config.pop(ours)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    np.testing.assert_allclose(load_checkpoint(tmp_path)(IDS), torch_logits(theirs, IDS), atol=1e-4)
+
+
+def test_each_dropout_is_read_written_and_may_be_another(tmp_path: Path) -> None:
+    theirs = gpt2(resid_pdrop=0.1, attn_pdrop=0.0, embd_pdrop=0.3)
+    theirs.save_pretrained(tmp_path / "theirs", safe_serialization=True)
+    model = load_checkpoint(tmp_path / "theirs")
+    assert model.config.dropouts == (0.3, 0.0, 0.1)
+    assert model.get_layer("embedding_dropout").rate == 0.3
+    assert model.get_layer("block_0_attention").dropout == 0.0
+    assert model.get_layer("block_1_mlp_dropout").rate == 0.1
+    for format in ("huggingface", "tf_gptopt"):
+        save_checkpoint(model, tmp_path / format, format=format)
+        assert load_checkpoint(tmp_path / format).config == model.config
+        plain = load_checkpoint(tmp_path / format, dropout=0.0)
+        plain.recompute = True  # for which all three must be 0
+        np.testing.assert_array_equal(plain(IDS), model(IDS))
+        other = GPTModel.from_preset(str(tmp_path / format), dropout=0.2, attention_dropout=0.4)
+        assert other.config.dropouts == (0.2, 0.4, 0.2)
+    with pytest.raises(UserError, match=r"load_checkpoint\(folder, dropout=0\.0\)"):
+        model.recompute = True
+    with pytest.raises(UserError, match=r"shape cannot be overridden.*Received: num_layers"):
+        load_checkpoint(tmp_path / "theirs", num_layers=1)
+    with pytest.raises(UserError, match=r"attention_dropout must be in \[0, 1\)"):
+        load_checkpoint(tmp_path / "theirs", attention_dropout=1.0)
+
+
+def test_quantized_weights_and_adapters_are_refused(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    gpt2().save_pretrained(tmp_path, safe_serialization=True)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
+        name = "transformer.h.0.attn.c_attn.weight"
+        save_file({**tensors, name: tensors[name].to(kind)}, file)
+        with pytest.raises(UserError, match=r"c_attn\.weight.*F8_E.*Take the original checkpoint"):
+            load_checkpoint(tmp_path)
+    file.rename(tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "gpt2"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    for _ in range(2):  # with a config.json, and without
+        with pytest.raises(UserError, match=r"adapter \(LoRA\) for gpt2, .*merge_and_unload"):
+            load_checkpoint(tmp_path)
+        (tmp_path / "config.json").unlink(missing_ok=True)
 
 
 def test_pickles_are_not_read(tmp_path: Path) -> None:

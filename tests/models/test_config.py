@@ -75,6 +75,8 @@ def test_json_round_trip(shape: Any, vocab_size: int, head_dim: int, tied: bool)
         ({"intermediate_dim": (1, 2, 3)}, "intermediate_dim must be one number"),
         ({"intermediate_dim": (64, 0)}, "intermediate_dim must be a positive integer"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"embedding_dropout": -0.1}, r"embedding_dropout must be in \[0, 1\)"),
+        ({"activation": "gelu_now"}, "Unknown activation 'gelu_now'. Did you mean 'gelu_new'"),
         ({"head_dim": 0}, "head_dim must be a positive integer"),
     ],
 )
@@ -135,3 +137,14 @@ def test_overriding_a_width_brings_the_widths_that_follow_from_it() -> None:
     assert preset("gpt2", num_layers=2).num_layers == 2
     with pytest.raises(UserError, match="Unknown GPT option"):
         preset("gpt2", width=3)
+
+
+def test_later_fields_are_written_only_where_they_say_something() -> None:
+    plain = GPTConfig(100, 32, 3, 4, dropout=0.1, attention_dropout=0.1)
+    assert plain == GPTConfig(100, 32, 3, 4, dropout=0.1)
+    assert not {"activation", "embedding_dropout", "attention_dropout"} & plain.to_dict().keys()
+    other = GPTConfig(100, 32, 3, 4, dropout=0.1, attention_dropout=0.0, activation="relu")
+    assert other.dropouts == (0.1, 0.0, 0.1)
+    assert GPTConfig.from_dict(json.loads(json.dumps(other.to_dict()))) == other
+    assert not other.with_dropout(dropout=0.0).has_dropout
+    assert other.with_dropout(attention_dropout=0.2).dropouts == (0.1, 0.2, 0.1)

@@ -29,6 +29,8 @@ def test_gelu(dtype, tolerance):
     x = tf.cast(tf.random.stateless_normal((3, 4, 50), [0, 0]) * 3.0, dtype)
     want = values_and_gradients(lambda x: tf.nn.gelu(x, approximate=True), x)
     assert_close(values_and_gradients(fused.gelu, x), want, tolerance)
+    want = values_and_gradients(lambda x: tf.nn.gelu(x, approximate=False), x)
+    assert_close(values_and_gradients(fused.exact_gelu, x), want, tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 5e-2)])

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
-from tf_gptopt.models.layers import make_dropout
+from tf_gptopt.models.layers import Dropout
 from tf_gptopt.training import noise_scale
 from tf_gptopt.training.config import TrainConfig
 from tf_gptopt.training.noise_scale import GradientNoiseScale, estimate, grown, ratio
@@ -107,7 +107,7 @@ def model_of(seed=1, dropout=0.1):
         [
             keras.Input((None,), dtype="int32"),
             layers.Embedding(31, 16),
-            make_dropout(dropout, name="dropout"),
+            Dropout(dropout, name="dropout"),
             layers.Dense(31),
         ]
     )

@@ -189,8 +189,9 @@ def save_model(
     _save_folder(model, folder, tokenizer, {**config, **(extra or {})}, weights, {"format": FORMAT})
 
 
-def load_model(folder: str | os.PathLike) -> GPTModel:
-    """Read a folder that `save_model` wrote, its tokenizer included (`model.tokenizer`).
+def load_model(folder: str | os.PathLike, **dropouts: float | None) -> GPTModel:
+    """Read a folder that `save_model` wrote, its tokenizer included (`model.tokenizer`); `dropouts`
+    as `load_checkpoint`.
 
     Raises:
         UserError: when the folder is absent, incomplete, damaged or of another format.
@@ -215,13 +216,20 @@ def load_model(folder: str | os.PathLike) -> GPTModel:
         raise UserError(f"{folder / CONFIG_FILE}: 'gpt' is incomplete ({error}).") from None
     ranges = _read_ranges(folder, config.get("activation_ranges"))
     weights = read_tensors(folder / WEIGHTS_FILE)
+    shape = shape.with_dropout(**dropouts)
     model = _build(folder, shape, weights, tokenizer_hash=config.get("tokenizer_sha256"))
     model.activation_ranges = ranges
     return model
 
 
-def load_checkpoint(path: str | os.PathLike) -> GPTModel:
+def load_checkpoint(path: str | os.PathLike, **dropouts: float | None) -> GPTModel:
     """Read a tf_gptopt folder or a Hugging Face GPT-2 folder (safetensors).
+
+    Args:
+        path: the folder.
+        **dropouts: rates instead of those that the model was trained with, which nothing but
+            training depends on: `dropout` for all of them, `embedding_dropout`,
+            `attention_dropout`. Hugging Face's GPT-2 has 0.1; `dropout=0.0` lets it `recompute`.
 
     Raises:
         UserError: when the folder is neither, incomplete or damaged, or uses an option of
@@ -229,13 +237,14 @@ def load_checkpoint(path: str | os.PathLike) -> GPTModel:
     """
     folder, config = _read_config(path)
     if config.get("format") == FORMAT:
-        return load_model(folder)
+        return load_model(folder, **dropouts)
     if "model_type" not in config:
         raise UserError(
             f"{folder} is neither a tf_gptopt checkpoint nor a Hugging Face one: its config.json "
             "has no 'format' and no 'model_type'."
         )
     shape, weights = huggingface.read_gpt2(folder, config)
+    shape = shape.with_dropout(**dropouts)
     return _build(folder, shape, weights)
 
 
@@ -303,6 +312,7 @@ def _read_config(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}. A checkpoint is a folder with a config.json.")
+    _refuse_adapter(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(
             f"{folder} has no {CONFIG_FILE}: it is not a checkpoint, or its writing was cut short. "
@@ -312,6 +322,18 @@ def _read_config(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG_FILE} must hold a JSON object. Save the model again.")
     return folder, config
+
+
+def _refuse_adapter(folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    if file.is_file() and not (folder / WEIGHTS_FILE).is_file():
+        settings = read_json(file)
+        base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+        raise UserError(
+            f"{folder} is an adapter (LoRA) for {base or 'another model'}, not a model. Merge it "
+            "into its model with PEFT, AutoPeftModelForCausalLM.from_pretrained(folder)"
+            ".merge_and_unload().save_pretrained(other), and load that folder."
+        )
 
 
 def _read_ranges(folder: Path, ranges: Any) -> dict[str, tuple[float, float]] | None:

@@ -9,6 +9,8 @@ from typing import Any
 from tf_gptopt._errors import UserError, known_arguments, suggest
 
 PerBlock = int | tuple[int, ...]
+ACTIVATIONS = ("gelu_new", "gelu", "relu")
+DROPOUTS = ("dropout", "embedding_dropout", "attention_dropout")
 
 
 @known_arguments
@@ -25,9 +27,14 @@ class GPTConfig:
         head_dim: width of one head; default embedding_dim // num_heads, with a warning
             where that leaves a rest.
         max_sequence_length: rows of the learned position table, the longest context.
-        dropout: rate after the embeddings, in attention and after each residual branch.
+        dropout: rate after the embeddings, in attention and after each residual branch, as far as
+            the next two say nothing else.
         layer_norm_epsilon: added to the variance in every LayerNorm.
         tie_embeddings: whether the logits use the token table (as GPT-2 does).
+        activation: the MLP's: `"gelu_new"` (GPT-2's tanh approximation), `"gelu"` (exact) or
+            `"relu"`.
+        embedding_dropout, attention_dropout: rates of their own after the embeddings and in
+            attention; default `dropout`.
 
     Raises:
         UserError: when the numbers cannot make a model.
@@ -43,13 +50,23 @@ class GPTConfig:
     dropout: float = 0.0
     layer_norm_epsilon: float = 1e-5
     tie_embeddings: bool = True
+    activation: str = "gelu_new"
+    embedding_dropout: float | None = None
+    attention_dropout: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embedding_dim", "num_layers", "max_sequence_length"):
             _check_positive(name, getattr(self, name))
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"dropout must be in [0, 1). Received: dropout={self.dropout}.")
+        if self.activation not in ACTIVATIONS:
+            hint = suggest(str(self.activation), ACTIVATIONS)
+            raise UserError(f"Unknown activation {self.activation!r}.{hint}")
         set_field = object.__setattr__  # the dataclass is frozen
+        for name in DROPOUTS:
+            rate = getattr(self, name)
+            if rate is not None and not 0.0 <= rate < 1.0:
+                raise UserError(f"{name} must be in [0, 1). Received: {name}={rate}.")
+            if name != "dropout" and rate == self.dropout:
+                set_field(self, name, None)  # equal shapes are equal however they were written
         if self.head_dim is None:
             heads = self.num_heads
             if isinstance(heads, (tuple, list)):
@@ -98,6 +115,33 @@ class GPTConfig:
         return value
 
     @property
+    def dropouts(self) -> tuple[float, float, float]:
+        """The rates after the embeddings, in attention and after each residual branch."""
+        own = (self.embedding_dropout, self.attention_dropout, self.dropout)
+        return tuple(self.dropout if rate is None else rate for rate in own)
+
+    @property
+    def has_dropout(self) -> bool:
+        return any(self.dropouts)
+
+    def with_dropout(self, **rates: float | None) -> GPTConfig:
+        """The same shape with other rates; one `dropout` sets all that have none of their own here.
+
+        Raises:
+            UserError: for impossible rates, and names that are none of `DROPOUTS`.
+        """
+        for name in rates:
+            if name not in DROPOUTS:
+                raise UserError(
+                    f"A folder's shape cannot be overridden: its weights fix it. Only its dropout "
+                    f"can ({', '.join(DROPOUTS)}). Received: {name}."
+                )
+        given = {name: rate for name, rate in rates.items() if rate is not None}
+        if "dropout" in given:
+            given = {"embedding_dropout": None, "attention_dropout": None, **given}
+        return dataclasses.replace(self, **given)
+
+    @property
     def block_heads(self) -> tuple[int, ...]:
         """Attention heads of each block."""
         return self._spread(self.num_heads)
@@ -111,10 +155,13 @@ class GPTConfig:
         return value if isinstance(value, tuple) else (value,) * self.num_layers
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `GPTConfig.from_dict` reads them back."""
+        """Plain values for JSON; `GPTConfig.from_dict` reads them back. The fields that came last
+        are left out where they are what earlier versions have, which then read the rest."""
+        later = {"activation": "gelu_new", "embedding_dropout": None, "attention_dropout": None}
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
+            if key not in later or value != later[key]
         }
 
     @classmethod

@@ -49,6 +49,30 @@ def _gelu_gradient(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.cast(upstream, tf.float32) * slope, x.dtype)
 
 
+@tf.custom_gradient
+def exact_gelu(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+    """x * (1 + erf(x / sqrt(2))) / 2."""
+    return _exact_gelu(x), lambda upstream: _exact_gelu_gradient(x, upstream)
+
+
+@xla
+def _exact_gelu(x: tf.Tensor) -> tf.Tensor:
+    x32 = tf.cast(x, tf.float32)
+    return tf.cast(x32 * _normal_cdf(x32), x.dtype)
+
+
+@xla
+def _exact_gelu_gradient(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
+    x32 = tf.cast(x, tf.float32)
+    density = tf.exp(-0.5 * x32 * x32) * float(1 / np.sqrt(2 * np.pi))
+    slope = _normal_cdf(x32) + x32 * density
+    return tf.cast(tf.cast(upstream, tf.float32) * slope, x.dtype)
+
+
+def _normal_cdf(x: tf.Tensor) -> tf.Tensor:
+    return 0.5 * (1.0 + tf.math.erf(x * float(np.sqrt(0.5))))
+
+
 def _gelu_tanh(x: tf.Tensor) -> tf.Tensor:
     return tf.tanh(_GELU * (x + _CUBIC * x * x * x))
 

@@ -18,12 +18,12 @@ from tf_gptopt.models.graph_errors import ReadableErrors
 from tf_gptopt.models.layers import (
     CausalSelfAttention,
     Dropout,
-    Gelu,
     LayerNorm,
     LogitsDense,
     PositionEmbedding,
     TokenEmbedding,
     TokenLogits,
+    make_activation,
     register,
 )
 from tf_gptopt.models.policies import policy_scope
@@ -81,6 +81,9 @@ class GPTModel(CheckedFit, ReadableErrors, keras.Model):
         layer_norm_epsilon: float = 1e-5,
         tie_embeddings: bool = True,
         dtype: Any = None,
+        activation: str = "gelu_new",
+        embedding_dropout: float | None = None,
+        attention_dropout: float | None = None,
         graph: tuple[Any, Any] | None = None,
         name: str = "gpt",
     ) -> None:
@@ -95,6 +98,9 @@ class GPTModel(CheckedFit, ReadableErrors, keras.Model):
             dropout=dropout,
             layer_norm_epsilon=layer_norm_epsilon,
             tie_embeddings=tie_embeddings,
+            activation=activation,
+            embedding_dropout=embedding_dropout,
+            attention_dropout=attention_dropout,
         )
         with policy_scope(dtype):
             inputs, outputs = graph or build_graph(config)
@@ -123,17 +129,16 @@ class GPTModel(CheckedFit, ReadableErrors, keras.Model):
     def from_preset(cls, name_or_folder: str, **overrides: Any) -> GPTModel:
         """A named shape (`tiny` ... `gpt2-xl`, random weights), or a folder with weights.
 
-        A folder may be one that `save_to_preset` wrote or a Hugging Face GPT-2 checkpoint. The
-        names of published models stand for their shapes alone, and a warning says so.
+        A folder may be one that `save_to_preset` wrote or a Hugging Face GPT-2 checkpoint; its
+        shape is fixed, and only its dropout can be another: `from_preset(folder, dropout=0.0)`.
+        The names of published models stand for their shapes alone, and a warning says so.
         """
         from pathlib import Path
 
         if Path(name_or_folder).is_dir():
             from tf_gptopt.models.checkpoints import load_checkpoint
 
-            if overrides:
-                raise UserError("A folder's shape cannot be overridden: its weights fix it.")
-            return load_checkpoint(name_or_folder)
+            return load_checkpoint(name_or_folder, **overrides)
         shape = preset(name_or_folder, **overrides)
         if name_or_folder.startswith("gpt2"):
             warnings.warn(
@@ -175,10 +180,13 @@ class GPTModel(CheckedFit, ReadableErrors, keras.Model):
 
     @recompute.setter
     def recompute(self, value: bool) -> None:
-        if value and self.config.dropout:
+        if value and self.config.has_dropout:
+            rates = ", ".join(str(rate) for rate in self.config.dropouts)
             raise UserError(
                 "A block that is computed again would draw other dropout masks. Received: "
-                f"recompute with dropout={self.config.dropout}. Build the model with dropout=0."
+                f"recompute with dropout={self.config.dropout} (embeddings, attention, residual: "
+                f"{rates}). Build the model with dropout=0, or load it so: "
+                "load_checkpoint(folder, dropout=0.0)."
             )
         self._recompute = bool(value)
 
@@ -283,8 +291,10 @@ def build_graph(config: GPTConfig) -> tuple[Any, Any]:
 
     Layer names are part of the contract: checkpoints, pruning, quantization and export find layers
     by them (`token_embedding`, `position_embedding`, `block_{i}_{attention_norm, qkv, attention,
-    proj, mlp_norm, fc, gelu, out}`, `final_norm`, `token_logits`).
+    proj, mlp_norm, fc, gelu, out}`, `final_norm`, `token_logits`); `gelu` is called so whatever the
+    activation is.
     """
+    embedding_dropout, attention_dropout, dropout = config.dropouts
     layers = keras.layers
     # GPT-2 shrinks what is added to the residual stream by the number of additions
     residual_stddev = 0.02 / np.sqrt(2 * config.num_layers)
@@ -296,8 +306,8 @@ def build_graph(config: GPTConfig) -> tuple[Any, Any]:
     def norm(name: str) -> keras.layers.Layer:
         return LayerNorm(epsilon=config.layer_norm_epsilon, name=name)
 
-    def drop(x: Any, name: str) -> Any:
-        return Dropout(config.dropout, name=name)(x) if config.dropout else x
+    def drop(x: Any, name: str, rate: float = dropout) -> Any:
+        return Dropout(rate, name=name)(x) if rate else x
 
     token_ids = keras.Input((None,), dtype="int32", name="token_ids")
 
@@ -306,7 +316,7 @@ def build_graph(config: GPTConfig) -> tuple[Any, Any]:
         token_ids
     )
     x = PositionEmbedding(config.max_sequence_length, name="position_embedding")(x)
-    x = drop(x, "embedding_dropout")
+    x = drop(x, "embedding_dropout", embedding_dropout)
 
     # Blocks
     shapes = zip(config.block_heads, config.block_intermediate_dims, strict=True)
@@ -314,14 +324,14 @@ def build_graph(config: GPTConfig) -> tuple[Any, Any]:
         block = f"block_{i}"
         y = norm(f"{block}_attention_norm")(x)
         y = dense(3 * heads * config.head_dim, f"{block}_qkv")(y)
-        y = CausalSelfAttention(heads, config.dropout, name=f"{block}_attention")(y)
+        y = CausalSelfAttention(heads, attention_dropout, name=f"{block}_attention")(y)
         y = dense(config.embedding_dim, f"{block}_proj", residual_stddev)(y)
         y = drop(y, f"{block}_attention_dropout")
         x = layers.Add(name=f"{block}_attention_add")([x, y])
 
         y = norm(f"{block}_mlp_norm")(x)
         y = dense(neurons, f"{block}_fc")(y)
-        y = Gelu(name=f"{block}_gelu")(y)
+        y = make_activation(config.activation, name=f"{block}_gelu")(y)
         y = dense(config.embedding_dim, f"{block}_out", residual_stddev)(y)
         y = drop(y, f"{block}_mlp_dropout")
         x = layers.Add(name=f"{block}_mlp_add")([x, y])

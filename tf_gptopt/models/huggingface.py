@@ -6,6 +6,7 @@ Keras does, so only names change; the output table of an untied model is transpo
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,17 +16,18 @@ import numpy as np
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._files import read_json
-from tf_gptopt.models.config import GPTConfig
+from tf_gptopt.models.config import ACTIVATIONS, GPTConfig
 from tf_gptopt.models.safetensors_file import read_tensors
 
-# Options whose other values change what the model computes.
-_REQUIRED = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "is_encoder_decoder": False,
+# Options whose other values change what the model computes, in ways that ours cannot.
+_REQUIRED = {"add_cross_attention": False, "is_encoder_decoder": False}
+_ACTIVATIONS = {name: name for name in ACTIVATIONS} | {"gelu_pytorch_tanh": "gelu_new"}
+_OTHER_NAMES = {  # as transformers' GPT2Config has them
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
 }
-_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
 
 _TOP = {
     "wte.weight": "token_embedding/embeddings",
@@ -57,6 +59,7 @@ def read_gpt2(folder: Path, config: dict[str, Any]) -> tuple[GPTConfig, dict[str
     Raises:
         UserError: for another architecture, an unsupported option, and missing or damaged files.
     """
+    shape = _gpt_config(config)  # judged before a tensor is read
     tensors = {
         name.removeprefix("transformer."): tensor for name, tensor in _read_all(folder).items()
     }
@@ -72,7 +75,8 @@ def read_gpt2(folder: Path, config: dict[str, Any]) -> tuple[GPTConfig, dict[str
         tied = tied and np.array_equal(head, table)
         if not tied:
             weights["token_logits/kernel"] = np.ascontiguousarray(head.T)
-    return _gpt_config(config, tied), weights
+    _fold_scales(config, shape, weights)
+    return dataclasses.replace(shape, tie_embeddings=tied), weights
 
 
 def to_gpt2(
@@ -97,10 +101,11 @@ def to_gpt2(
             f"{heads} x {config.head_dim}, {config.embedding_dim}. "
             'Save it with format="tf_gptopt".'
         )
+    embedding_dropout, attention_dropout, dropout = config.dropouts
     theirs = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "activation_function": "gelu_new",
+        "activation_function": config.activation,
         "vocab_size": config.vocab_size,
         "n_embd": config.embedding_dim,
         "n_layer": config.num_layers,
@@ -109,9 +114,9 @@ def to_gpt2(
         "n_positions": config.max_sequence_length,
         "n_ctx": config.max_sequence_length,
         "layer_norm_epsilon": config.layer_norm_epsilon,
-        "attn_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
+        "attn_pdrop": attention_dropout,
+        "embd_pdrop": embedding_dropout,
+        "resid_pdrop": dropout,
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": eot_ids[0],
         "eos_token_id": list(eot_ids) if len(eot_ids) > 1 else eot_ids[0],
@@ -125,39 +130,79 @@ def to_gpt2(
     return theirs, tensors
 
 
-def _gpt_config(config: dict[str, Any], tied: bool) -> GPTConfig:
+def _gpt_config(config: dict[str, Any]) -> GPTConfig:
     kind = config["model_type"]
     if kind != "gpt2":
         raise UserError(f"Only model_type 'gpt2' can be read. Received: {kind!r}.")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise UserError(
+            f"The checkpoint's weights are quantized (quantization_config, {method or 'unknown'}), "
+            "and weights as they were trained are needed. Take the original checkpoint; "
+            "tf_gptopt.quantize makes a quantized model of it."
+        )
     for key, expected in _REQUIRED.items():
         if config.get(key, expected) != expected:
             raise UserError(f"GPT-2 with {key}={config[key]} is not supported.")
     activation = config.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise UserError(
             f"activation_function must be one of {', '.join(_ACTIVATIONS)}. "
             f"Received: {activation!r}."
         )
-    names = ("vocab_size", "n_embd", "n_layer", "n_head")
-    lacking = [name for name in names if config.get(name) is None]
+    values = {
+        name: config[other] if config.get(name) is None else config[name]
+        for name, other in _OTHER_NAMES.items()
+        if config.get(name) is not None or config.get(other) is not None
+    }
+    lacking = [name for name in ("n_embd", "n_layer", "n_head") if name not in values]
+    lacking += [] if config.get("vocab_size") is not None else ["vocab_size"]
     if lacking:
         raise UserError(f"config.json lacks {', '.join(lacking)}. Restore the original file.")
-    if config["n_embd"] % config["n_head"]:
+    if values["n_embd"] % values["n_head"]:
         raise UserError(
             "n_head must divide n_embd in GPT-2. Received: "
-            f"n_head={config['n_head']}, n_embd={config['n_embd']}. Restore the original file."
+            f"n_head={values['n_head']}, n_embd={values['n_embd']}. Restore the original file."
         )
+    embedding_dropout, attention_dropout, dropout = (
+        _rate(config, name) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+    )
     return GPTConfig(
         vocab_size=config["vocab_size"],
-        embedding_dim=config["n_embd"],
-        num_layers=config["n_layer"],
-        num_heads=config["n_head"],
+        embedding_dim=values["n_embd"],
+        num_layers=values["n_layer"],
+        num_heads=values["n_head"],
         intermediate_dim=config.get("n_inner"),
-        max_sequence_length=config.get("n_positions") or config.get("n_ctx") or 1024,
-        dropout=float(config.get("resid_pdrop", 0.1) or 0.0),
+        max_sequence_length=values.get("n_positions") or config.get("n_ctx") or 1024,
+        dropout=dropout,
+        embedding_dropout=embedding_dropout,
+        attention_dropout=attention_dropout,
         layer_norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
-        tie_embeddings=tied,
+        activation=_ACTIVATIONS[activation],
     )
+
+
+def _rate(config: dict[str, Any], name: str) -> float:
+    value = config.get(name, 0.1) or 0.0
+    if not isinstance(value, (int, float)):
+        raise UserError(f"config.json: {name} must be a number. Received: {value!r}.")
+    return float(value)
+
+
+def _fold_scales(config: dict[str, Any], shape: GPTConfig, weights: dict[str, np.ndarray]) -> None:
+    """Take what a model does to its attention scores into its queries, which come first in qkv:
+    `scale_attn_by_inverse_layer_idx` divides by the block's number, and without
+    `scale_attn_weights` nothing is divided by the root of a head's width, as ours do."""
+    inverse = bool(config.get("scale_attn_by_inverse_layer_idx"))
+    root = 1.0 if config.get("scale_attn_weights", True) else shape.head_dim**0.5
+    if not inverse and root == 1:
+        return
+    for block in range(shape.num_layers):
+        factor = np.float32(root / (block + 1 if inverse else 1))
+        for name in (f"block_{block}_qkv/kernel", f"block_{block}_qkv/bias"):
+            if name in weights:  # else whoever assigns them says so
+                weights[name] = weights[name].copy()
+                weights[name][..., : shape.embedding_dim] *= factor
 
 
 def _read_all(folder: Path) -> dict[str, np.ndarray]:

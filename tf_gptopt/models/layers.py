@@ -154,10 +154,38 @@ class CausalSelfAttention(keras.layers.Layer):
 
 @register
 class Gelu(keras.layers.Layer):
-    """GPT-2's `gelu_new`: the tanh approximation (Hendrycks & Gimpel 2016)."""
+    """x times the normal distribution's probability of less than x (Hendrycks & Gimpel 2016): by
+    default GPT-2's `gelu_new`, the approximation with tanh."""
+
+    def __init__(self, approximate: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.approximate = approximate
 
     def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        return fused.gelu(x) if training is True else tf.nn.gelu(x, approximate=True)
+        if training is not True:
+            return tf.nn.gelu(x, approximate=self.approximate)
+        return fused.gelu(x) if self.approximate else fused.exact_gelu(x)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "approximate": self.approximate}
+
+
+@register
+class Relu(keras.layers.Layer):
+    """x where it is positive, else 0."""
+
+    def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        return tf.nn.relu(x)
+
+
+def make_activation(kind: str, **kwargs: Any) -> keras.layers.Layer:
+    """The layer of an activation, one of `config.ACTIVATIONS`."""
+    return Relu(**kwargs) if kind == "relu" else Gelu(kind == "gelu_new", **kwargs)
+
+
+def activate(kind: str, x: tf.Tensor) -> tf.Tensor:
+    """What such a layer computes outside of training."""
+    return tf.nn.relu(x) if kind == "relu" else tf.nn.gelu(x, approximate=kind == "gelu_new")
 
 
 @register

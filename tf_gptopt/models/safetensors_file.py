@@ -25,7 +25,10 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise UserError(f"{path} does not exist. Copy the whole checkpoint folder again.")
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            for name in names:
+                _check_kind(path, name, file.get_slice(name).get_dtype())
+            tensors = {name: file.get_tensor(name) for name in names}
     except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is damaged or not a safetensors file ({error}). "
@@ -43,6 +46,17 @@ def write_tensors(
         save_file(contiguous, path, metadata=metadata)
     except safetensors.SafetensorError as error:  # how a full disk arrives from Rust
         raise OSError(str(error)) from None
+
+
+def _check_kind(path: Path, name: str, kind: str) -> None:
+    """Refuse numbers of 8 bits and fewer that are no integers: quantized weights, whose scales lie
+    elsewhere."""
+    if kind.startswith(("F8", "F6", "F4")):
+        raise UserError(
+            f"{path}: tensor {name!r} is of type {kind}, so the weights are quantized, and weights "
+            "as they were trained are needed. Take the original checkpoint (bfloat16, float16 or "
+            "float32); tf_gptopt.quantize makes a quantized model of it."
+        )
 
 
 def _as_float32(tensor: np.ndarray) -> np.ndarray:

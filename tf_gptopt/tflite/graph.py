@@ -86,9 +86,12 @@ class Graph:
     def rsqrt(self, x: Tensor) -> Tensor:
         return self._op("RSQRT", [x], x.shape)
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """The tanh approximation."""
-        return self._op("GELU", [x], x.shape, options="Gelu", approximate=True)
+    def gelu(self, x: Tensor, approximate: bool = True) -> Tensor:
+        """The tanh approximation, or the exact one."""
+        return self._op("GELU", [x], x.shape, options="Gelu", approximate=approximate)
+
+    def relu(self, x: Tensor) -> Tensor:
+        return self._op("RELU", [x], x.shape)
 
     def softmax(self, x: Tensor) -> Tensor:
         return self._op("SOFTMAX", [x], x.shape, options="Softmax", beta=1.0)

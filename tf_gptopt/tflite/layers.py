@@ -103,6 +103,12 @@ def product(g: Graph, x: Tensor, layer: Dense) -> Tensor:
     return g.dense(x, kernel, layer.bias, layer.output)
 
 
+def activate(g: Graph, kind: str, x: Tensor) -> Tensor:
+    """What the MLP's neurons say, float32; `kind` is one of `config.ACTIVATIONS`."""
+    x = as_float(g, x)
+    return g.relu(x) if kind == "relu" else g.gelu(x, approximate=kind == "gelu_new")
+
+
 def add(g: Graph, x: Tensor, y: Tensor, affine: Affine | None) -> Tensor:
     """The residual stream x and what a block adds to it, int8 or float32, as `affine` says."""
     if affine is not None and x.affine and y.affine:

@@ -183,7 +183,7 @@ def add_step(model: Model, weights: Weights, bucket: Bucket) -> None:
         y = layers.product(g, attention.merge_heads(g, y), block.proj)
         x = layers.add(g, x, y, block.attention_add)
         y = layers.product(g, layers.normalize(g, x, block.mlp_norm, epsilon), block.fc)
-        y = layers.product(g, g.gelu(layers.as_float(g, y)), block.out)
+        y = layers.product(g, layers.activate(g, config.activation, y), block.out)
         x = layers.add(g, x, y, block.mlp_add)
 
     x = layers.as_float(g, x)

@@ -169,7 +169,5 @@ class Vocabulary:
         tokens of the file's own."""
         if given is None or given is tokenizer:
             return False
-        from tf_gptopt.tflite.bundle import read_tokenizer
-
         own = read_tokenizer(self._path)
         return own is not None and own.has_same_tokens(tokenizer)

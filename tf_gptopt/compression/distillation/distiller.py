@@ -274,7 +274,7 @@ class _Lesson:
         self._forwards = [
             (
                 forward_with_taps(one, () if i else others, logits=soft is not None),
-                not (one.config.dropout or one.recompute or is_wrapped(one)),
+                not (one.config.has_dropout or one.recompute or is_wrapped(one)),
             )
             for i, one in enumerate(self.teachers if soft else self.teachers[:1])
         ]

@@ -167,7 +167,7 @@ def label_loss(
     Returns a float32 scalar. It is a sum because 16-bit gradients of a mean would vanish.
     """
     # attention in blocks belongs to training, which differs by nothing else without dropout
-    training = for_gradient and not model.config.dropout
+    training = for_gradient and not model.config.has_dropout
     logits = model(inputs, training=training)
     weights *= tf.cast(labels >= 0, tf.float32)
     labels = tf.maximum(labels, 0)

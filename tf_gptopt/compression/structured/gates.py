@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from tf_gptopt.compression.structured.surgery import Units
 from tf_gptopt.models.config import GPTConfig
-from tf_gptopt.models.layers import CausalSelfAttention
+from tf_gptopt.models.layers import CausalSelfAttention, activate
 from tf_gptopt.models.linear_cross_entropy import Head, linear_cross_entropy
 
 
@@ -137,7 +137,7 @@ class GatedGPT:
         middle = x + y * gates.layer[:, :, None]
 
         second = norm(middle, "mlp_norm")
-        neurons = tf.nn.gelu(dense(second, "fc"), approximate=True) * gates.neurons[:, None]
+        neurons = activate(self.config.activation, dense(second, "fc")) * gates.neurons[:, None]
         end = middle + dense(neurons, "out") * gates.layer[:, :, None]
 
         cosine = tf.reduce_sum(tf.nn.l2_normalize(x, -1) * tf.nn.l2_normalize(end, -1), -1)

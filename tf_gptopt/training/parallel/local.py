@@ -9,7 +9,7 @@ import tensorflow as tf
 from tf_gptopt._keras import keras
 from tf_gptopt.models import fused
 from tf_gptopt.models.config import GPTConfig
-from tf_gptopt.models.layers import CausalSelfAttention, Gelu, TokenLogits
+from tf_gptopt.models.layers import CausalSelfAttention, TokenLogits, make_activation
 from tf_gptopt.training.parallel.sharding import sizes
 
 
@@ -34,12 +34,14 @@ class LocalGPT(keras.layers.Layer):
         tokens = sizes(config.vocab_size, columns)
         self.first_token, self.tokens = sum(tokens[:column]), tokens[column]
         same = {"dtype": self.dtype_policy}
-        self.gelu, self.token_logits = Gelu(**same), TokenLogits(**same)
+        self.activation = make_activation(config.activation, **same)
+        self.token_logits = TokenLogits(**same)
+        _, attention_dropout, _ = config.dropouts
         self.attention = [
-            CausalSelfAttention(sizes(heads, columns)[column], config.dropout, **same)
+            CausalSelfAttention(sizes(heads, columns)[column], attention_dropout, **same)
             for heads in config.block_heads
         ]
-        if config.dropout:
+        if attention_dropout:
             with tf.device(device):  # here lie the random states, which the first call makes
                 for layer in self.attention:
                     layer.weights_dropout(tf.ones([1]), training=True)
@@ -72,7 +74,7 @@ class LocalGPT(keras.layers.Layer):
         """x with attention added, and this column's term of what the MLP adds to it."""
         x += self._drop(attended + proj_bias, seed, 2 * block + 1)
         y = self._norm(x, gamma, beta, training)
-        y = self.gelu(_times(y, fc) + fc_bias, training=training)
+        y = self.activation(_times(y, fc) + fc_bias, training=training)
         return x, _times(y, out)
 
     def finish(
@@ -101,11 +103,12 @@ class LocalGPT(keras.layers.Layer):
 
     def _drop(self, x: tf.Tensor, seed: Any, place: int) -> tf.Tensor:
         """Dropout with the same mask in every column, and another one in every row and place."""
-        if seed is None:
+        rate = self.config.dropouts[0 if place == 0 else 2]  # after the embeddings, or a branch
+        if seed is None or not rate:
             return x
         places = 2 * self.config.num_layers + 1
         own = seed + tf.constant([self.row * places + place, 0], seed.dtype)
-        return tf.nn.experimental.stateless_dropout(x, self.config.dropout, own)
+        return tf.nn.experimental.stateless_dropout(x, rate, own)
 
 
 def _times(x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:

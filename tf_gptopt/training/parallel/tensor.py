@@ -144,7 +144,7 @@ class ShardedGPT(CheckedFit, ReadableErrors, keras.Model):
         firsts = [layer.first_token for layer in self._local[0]]
         self._starts = [*firsts, config.vocab_size]
         self.pieces = place(weights, config, self._grid)
-        if config.dropout:  # a seed, and how often masks were drawn
+        if config.has_dropout:  # a seed, and how often masks were drawn
             seed = tf.random.uniform([1], maxval=2**31 - 1, dtype=tf.int64)
             self._dropout_state = tf.Variable(tf.concat([seed, [0]], 0), trainable=False)
         self._keeps_logits_apart = False
@@ -227,7 +227,7 @@ class ShardedGPT(CheckedFit, ReadableErrors, keras.Model):
         """Logits where they are computed: `[row][column]` of the mesh, each
         `(rows of the batch, time, share of the vocabulary)` float32."""
         training, seed = training is True, None
-        if training and self.config.dropout:
+        if training and self.config.has_dropout:
             seed = tf.convert_to_tensor(self._dropout_state.assign_add([0, 1]))
         weights = read(self.pieces, self.config, self._grid, self.compute_dtype)
         return [
