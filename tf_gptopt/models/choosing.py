@@ -136,9 +136,7 @@ def read_options(
     return Chooser(sampler, Penalties(**penalties), np.asarray(forbidden, np.int64))
 
 
-def rows_without_token(
-    size: int, tokens: Any, missing: Sequence[int] | None = None
-) -> np.ndarray:
+def rows_without_token(size: int, tokens: Any, missing: Sequence[int] | None = None) -> np.ndarray:
     """Rows of a token table of `size` rows that no token belongs to, `(n,)`.
 
     Tables are padded to a round number (50,304 for 50,257), and a text has no use for such a row.

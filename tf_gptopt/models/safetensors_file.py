@@ -18,22 +18,29 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """All tensors of a file, floating-point ones as float32.
 
     Raises:
-        UserError: when the file is absent, cut short or not a safetensors file.
+        UserError: when the file is absent, cut short or not a safetensors file, and for numbers of
+            8 bits and fewer, whose scales lie elsewhere.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist. Copy the whole checkpoint folder again.")
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            names = list(file.keys())
-            for name in names:
-                _check_kind(path, name, file.get_slice(name).get_dtype())
-            tensors = {name: file.get_tensor(name) for name in names}
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            tiny = [name for name, kind in kinds.items() if kind.startswith(("F8", "F6", "F4"))]
+            tensors = {} if tiny else {name: file.get_tensor(name) for name in kinds}
     except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is damaged or not a safetensors file ({error}). "
             "Copy or download it again, or save the model again."
         ) from None
+    if tiny:  # integers have other names, and bfloat16 has 16 bits
+        raise UserError(
+            f"{path}: {len(tiny)} tensors, such as {tiny[0]!r}, are of type {kinds[tiny[0]]}: the "
+            "weights are quantized, and weights as they were trained are needed. Take the original "
+            "checkpoint (bfloat16, float16 or float32); tf_gptopt.quantize makes a quantized model "
+            "of it."
+        )
     return {name: _as_float32(tensor) for name, tensor in tensors.items()}
 
 
@@ -46,17 +53,6 @@ def write_tensors(
         save_file(contiguous, path, metadata=metadata)
     except safetensors.SafetensorError as error:  # how a full disk arrives from Rust
         raise OSError(str(error)) from None
-
-
-def _check_kind(path: Path, name: str, kind: str) -> None:
-    """Refuse numbers of 8 bits and fewer that are no integers: quantized weights, whose scales lie
-    elsewhere."""
-    if kind.startswith(("F8", "F6", "F4")):
-        raise UserError(
-            f"{path}: tensor {name!r} is of type {kind}, so the weights are quantized, and weights "
-            "as they were trained are needed. Take the original checkpoint (bfloat16, float16 or "
-            "float32); tf_gptopt.quantize makes a quantized model of it."
-        )
 
 
 def _as_float32(tensor: np.ndarray) -> np.ndarray:

@@ -36,10 +36,14 @@ def generate_command(options: Options, argv: list[str]) -> int:
     )  # fmt: skip
     for name, text in {
         "repetition": "divides what speaks for a token of prompt or completion, e.g. 1.2",
-        "frequency": "taken from a logit each time prompt or completion hold the token, e.g. 0.5",
-        "presence": "taken once from the logit of every token of prompt or completion",
+        "frequency": "taken from a logit each time the completion holds the token, e.g. 0.5",
+        "presence": "taken once from the logit of every token of the completion",
     }.items():
         options.add(f"--{name}-penalty", type=float, default=None, help=text)
+    options.add(
+        "--penalty-window", type=int, default=None,
+        help="how many last tokens the penalties look at (default: as many as the context)",
+    )  # fmt: skip
     options.add(
         "--logit-bias", nargs="*", default=[], metavar="ID:VALUE",
         help="added to a token's logit, e.g. 13:-2.5; ID:-inf forbids it",
@@ -83,6 +87,7 @@ def generate_command(options: Options, argv: list[str]) -> int:
         keep=given.keep,
         repetition_penalty=given.repetition_penalty,
         frequency_penalty=given.frequency_penalty,
+        penalty_window=given.penalty_window,
         presence_penalty=given.presence_penalty,
         logit_bias=speak.read_biases(given.logit_bias),
         **numbers,
