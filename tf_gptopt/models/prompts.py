@@ -150,7 +150,7 @@ def read_stop(stop: Any, tokenizer: Any, stop_at_eot: bool) -> tuple[set[int], l
     try:
         items = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
     except TypeError:  # a number, or an array that is one
-        items = [stop]
+        items = [stop[()] if isinstance(stop, np.ndarray) else stop]
     strings = [item for item in items if isinstance(item, str)]
     ids = [item for item in items if not isinstance(item, str)]
     if strings and tokenizer is None:
