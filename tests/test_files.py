@@ -8,7 +8,14 @@ import sys
 import pytest
 
 from tf_gptopt._errors import UserError, suggest
-from tf_gptopt._files import atomic_path, read_json, write_bytes, write_json
+from tf_gptopt._files import (
+    atomic_path,
+    check_seal,
+    read_json,
+    sealed,
+    write_bytes,
+    write_json,
+)
 
 
 def test_writes_and_reads_back(tmp_path):
@@ -68,3 +75,40 @@ def test_broken_json_names_the_file(tmp_path, content):
 def test_suggest():
     assert suggest("prun", ["prune", "train"]) == " Did you mean 'prune'?"
     assert suggest("zzz", ["prune", "train"]) == " Known: prune, train."
+
+
+def test_damage_that_is_still_json_is_noticed(tmp_path):
+    path = tmp_path / "x.json"
+    value = {"b": {2: [1, "ü"]}, "a": 0.1, "other_sha256": "1"}
+    write_json(path, sealed(value))
+    text = path.read_text()
+    check_seal(path, read_json(path))
+    check_seal(path, value)  # of an earlier version, without a seal
+    for before, after in (("0.1", "0.3"), ('"2"', '"3"'), ("ü", "u")):
+        path.write_text(text.replace(before, after))
+        with pytest.raises(
+            UserError, match=r"x\.json has been damaged or changed.*remove 'sha256'"
+        ):
+            check_seal(path, read_json(path))
+
+
+def test_what_is_no_description_is_refused_at_once(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo.json")  # opening it would wait for a writer
+    (tmp_path / "digits.json").write_text("[" + "9" * 5000 + "]")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    (tmp_path / "long.json").write_text('"' + "x" * 2000 + '"')
+    monkeypatch.setattr("tf_gptopt._files._MOST_TEXT", 1_000_000)
+    for name, said in (
+        ("fifo", "is not a file"),
+        ("digits", "not valid JSON"),
+        ("deep", "not valid JSON"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_json(tmp_path / f"{name}.json")
+    with pytest.raises(UserError, match="is not a file"):
+        read_json(tmp_path)
+    with pytest.raises(UserError, match="is not a file"):
+        read_json("/dev/zero")
+    monkeypatch.setattr("tf_gptopt._files._MOST_TEXT", 1_000)
+    with pytest.raises(UserError, match="has 2,002 bytes"):
+        read_json(tmp_path / "long.json")

@@ -18,6 +18,7 @@ from tokenizers import models
 from tf_gptopt._decoders import Changes, changes_of, is_byte_token
 from tf_gptopt._errors import UserError
 from tf_gptopt._files import write_bytes, write_json, write_text
+from tf_gptopt._folder import changing
 from tf_gptopt._tokenizer_folder import (
     CONFIG_FILE,
     END_OF_TEXT,
@@ -33,11 +34,22 @@ __all__ = [
     "END_OF_TEXT",
     "TEMPLATE_FILE",
     "TOKENIZER_FILE",
+    "TOKENIZER_FILES",
     "Tokenizer",
     "as_tokenizer",
     "has_tokenizer",
 ]
 
+# what a saved tokenizer consists of: whoever saves one over another removes the other's
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    CONFIG_FILE,
+    TEMPLATE_FILE,
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 _EOT_IDS = "end_of_text_ids"  # our key in tokenizer_config.json: a text may end in several ways
 
 
@@ -153,8 +165,8 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write tokenizer.json and tokenizer_config.json, for byte-level BPE vocab.json and
-        merges.txt too; each atomically. A loaded tokenizer.json is written as it was read, and so
-        are the settings and the chat template. `clean_up_tokenization_spaces` alone is false
+        merges.txt too; all of them at once. A loaded tokenizer.json is written as it was read, and
+        so are the settings and the chat template. `clean_up_tokenization_spaces` alone is false
         whatever it was: transformers would take spaces out of decoded text, and we do not.
 
         keras-nlp reads vocab.json and merges.txt, with the same ids for any text:
@@ -168,7 +180,10 @@ class Tokenizer:
         Inside `tf.data` (and for GPT-2's own merges anywhere) keras-nlp cuts the text by a rule of
         its own: the same text, but other ids around indentation.
         """
-        folder = Path(folder)
+        with changing(folder, TOKENIZER_FILES) as new:
+            self._write(new)
+
+    def _write(self, folder: Path) -> None:
         content = json.loads(self._json)
         if _is_byte_level_bpe(content):
             vocab = content["model"]["vocab"]

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer as Backend
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._files import read_json
+from tf_gptopt._folder import settled
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -78,6 +79,7 @@ def read_tokenizer(path: str | os.PathLike) -> TokenizerFiles:
     """
     path = Path(path)
     folder, file = (path, path / TOKENIZER_FILE) if path.is_dir() else (path.parent, path)
+    settled(folder)
     config, named = (
         _read_object(folder / name) for name in (CONFIG_FILE, "special_tokens_map.json")
     )

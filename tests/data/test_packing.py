@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import resource
+import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tf_gptopt import _files
 from tf_gptopt._errors import UserError
 from tf_gptopt.data.corpus import Document, load_corpus
 from tf_gptopt.data.packing import DatasetInfo, write_dataset
@@ -252,24 +254,33 @@ def test_a_disk_that_fills_up_loses_nothing(tokenizer: Tokenizer, tmp_path: Path
     assert DatasetInfo.load(tmp_path) == old
 
 
-def test_death_between_the_files_leaves_no_description(
+def test_death_at_a_rename_leaves_a_whole_dataset(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_dataset(documents(50), tokenizer, tmp_path, 8)
-    renamed: list[str] = []
-    replace = _files.os.replace
+    old = write_dataset(documents(50), tokenizer, tmp_path / "a", 8)
+    new = write_dataset(documents(90), tokenizer, tmp_path / "b", 8)
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    replace, rename = os.replace, os.rename
 
-    def die_after_the_first(source: str, target: Path) -> None:
-        replace(source, target)
-        renamed.append(Path(target).name)
-        raise KeyboardInterrupt
+    def die(renamed: Any) -> Any:
+        def dying(source: str, target: Path) -> None:
+            renamed(source, target)
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr("tf_gptopt._files.os.replace", die_after_the_first)
+        return dying
+
+    monkeypatch.setattr(os, "replace", die(replace))  # the description's, before anything counts
     with pytest.raises(KeyboardInterrupt):
-        write_dataset(documents(90), tokenizer, tmp_path, 8)
-    assert len(renamed) >= 1
-    with pytest.raises(UserError, match="There is no dataset in"):
-        DatasetInfo.load(tmp_path)
+        write_dataset(documents(90), tokenizer, tmp_path / "a", 8)
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "rename", die(rename))  # the one that decides
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(documents(90), tokenizer, tmp_path / "c", 8)
+    for folder, info in (("a", old), ("c", new)):
+        assert DatasetInfo.load(tmp_path / folder) == info
+        for split in ("train", "valid"):
+            data = (tmp_path / folder / f"{split}.bin").read_bytes()
+            assert hashlib.sha256(data).hexdigest() == info.split(split).sha256
 
 
 def test_bad_descriptions(tmp_path: Path) -> None:

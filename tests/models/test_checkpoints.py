@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -260,14 +261,15 @@ def test_a_kill_while_saving(saved: Path, tmp_path: Path, run_child: Callable[..
         from tf_gptopt.models.checkpoints import load_model, save_model
 
         def die_at(call):
-            rename = os.replace
-            def replace(*args):
-                nonlocal call
-                call -= 1
-                if call == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                rename(*args)
-            os.replace = replace
+            def counted(rename):
+                def counting(*args):
+                    nonlocal call
+                    call -= 1
+                    if call == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    rename(*args)
+                return counting
+            os.rename, os.replace = counted(os.rename), counted(os.replace)
 
         model = load_model({str(saved)!r})
         model.get_layer("final_norm").gamma.assign([5.0] * 24)
@@ -284,10 +286,14 @@ def test_a_kill_while_saving(saved: Path, tmp_path: Path, run_child: Callable[..
     before = named_weights(load_model(saved))
     for name, array in named_weights(load_model(tmp_path / "old1")).items():
         np.testing.assert_array_equal(array, before[name])
-    assert (load_model(tmp_path / "old2").get_layer("final_norm").gamma.numpy() == 5.0).all()
-    for folder in ("new1", "new2"):  # weights may be there, and are not taken for a checkpoint
-        with pytest.raises(UserError, match=r"no config\.json: .*cut short"):
-            load_model(tmp_path / folder)
+    for folder in ("old2", "new2"):  # the first rename decides, and the reader does the others
+        assert (load_model(tmp_path / folder).get_layer("final_norm").gamma.numpy() == 5.0).all()
+        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == [
+            "config.json",
+            "model.safetensors",
+        ]
+    with pytest.raises(UserError, match=r"no config\.json: .*cut short"):
+        load_model(tmp_path / "new1")
 
 
 # Hugging Face
@@ -522,3 +528,81 @@ def test_golden_loss_of_a_real_checkpoint(shared_data: Path, tmp_path: Path) -> 
     loaded = load_model(tmp_path)
     assert golden_loss(loaded) == golden_loss(model)
     assert loaded.tokenizer.eot_id == 14
+
+
+# Damage
+
+
+def test_a_flipped_bit_of_the_weights_is_noticed(saved: Path) -> None:
+    file, rng = saved / "model.safetensors", np.random.default_rng(0)
+    data = file.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    places = [*rng.integers(8, header, 15), *rng.integers(header, len(data), 15)]
+    before = named_weights(load_model(saved))
+    for place in places:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << rng.integers(8)
+        file.write_bytes(damaged)
+        if place >= header:
+            with pytest.raises(UserError, match="damaged"):
+                load_model(saved)
+            continue
+        with contextlib.suppress(UserError):  # unless it is in a name that nobody reads
+            for name, array in named_weights(load_model(saved)).items():
+                np.testing.assert_array_equal(array, before[name])
+
+
+def test_a_config_of_another_save_or_damaged_is_noticed(saved: Path, tiny_model: Build) -> None:
+    config, weights = saved / "config.json", saved / "model.safetensors"
+    good, text = weights.read_bytes(), config.read_text()
+    for before, after in (("1e-05", "2e-05"), ('"dropout": 0.0', '"dropout": 0.1')):
+        assert before in text
+        config.write_text(text.replace(before, after))
+        with pytest.raises(UserError, match=r"config\.json has been damaged or changed"):
+            load_model(saved)
+    config.write_text(text)
+    save_model(tiny_model(seed=1), saved)
+    weights.write_bytes(good)  # the weights of the older save
+    with pytest.raises(UserError, match=r"other weights than config\.json was written with"):
+        load_model(saved)
+    values = json.loads(config.read_text())
+    changed = {**values, "gpt": {**values["gpt"], "dropout": 0.5}}
+    for key in ("sha256", "weights_sha256"):
+        del changed[key]
+    config.write_text(json.dumps(changed))  # a folder of an earlier version, or changed by hand
+    assert load_model(saved).config.dropout == 0.5
+
+
+def test_a_lost_tokenizer_is_not_replaced(
+    tiny_model: Build, tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    save_model(tiny_model(vocab_size=300), tmp_path / "m", tokenizer=tiny_tokenizer)
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    assert (tmp_path / "m" / "vocab.json").exists()
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing: the model was saved with"):
+        load_model(tmp_path / "m")
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing.*Restore it"):
+        Tokenizer.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("kind", ["tf_gptopt", "huggingface"])
+@pytest.mark.parametrize("size", [4000, 10**9, 10**30])
+def test_sizes_are_held_against_the_weights_before_anything_is_built(
+    tiny_model: Build, tmp_path: Path, kind: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tiny_model(), tmp_path, kind)
+    config = json.loads((tmp_path / "config.json").read_text())
+    names = {
+        "tf_gptopt": ["vocab_size", "num_layers", "max_sequence_length", "intermediate_dim"],
+        "huggingface": ["vocab_size", "n_layer", "n_positions", "n_inner"],
+    }
+    monkeypatch.setattr(GPTModel, "from_gpt_config", None)  # nothing is
+    for name in names[kind]:
+        changed = {key: value for key, value in config.items() if key != "sha256"}
+        if kind == "tf_gptopt":
+            changed["gpt"] = {**config["gpt"], name: size}
+        else:
+            changed[name] = size
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=r"must be at most|missing|wrong shape"):
+            load_checkpoint(tmp_path)

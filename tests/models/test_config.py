@@ -148,3 +148,23 @@ def test_later_fields_are_written_only_where_they_say_something() -> None:
     assert GPTConfig.from_dict(json.loads(json.dumps(other.to_dict()))) == other
     assert not other.with_dropout(dropout=0.0).has_dropout
     assert other.with_dropout(attention_dropout=0.2).dropouts == (0.1, 0.2, 0.1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_heads": 2**31 - 2},  # answered at once, with a divisor
+        {"vocab_size": 2**31},
+        {"vocab_size": 10**5000},
+        {"dropout": "0.1"},
+        {"dropout": float("nan")},
+        {"layer_norm_epsilon": float("nan")},
+        {"layer_norm_epsilon": -1.0},
+        {"layer_norm_epsilon": "x"},
+        {"tie_embeddings": "no"},
+    ],
+)
+def test_values_that_no_model_has(wrong):
+    shape = {"vocab_size": 61, "embedding_dim": 24, "num_layers": 2, "num_heads": 3}
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        GPTConfig(**{**shape, **wrong})

@@ -8,7 +8,6 @@ that the hash alone would hold out another share than was asked for.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -18,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from tf_gptopt._errors import UserError
-from tf_gptopt._files import atomic_path, read_json, write_json
+from tf_gptopt._files import SEAL, check_seal, read_json, sealed, write_json
+from tf_gptopt._folder import changing, settled
 from tf_gptopt.data.corpus import Document
 from tf_gptopt.data.tokenizer import Tokenizer
 
@@ -80,10 +80,13 @@ class DatasetInfo:
     @classmethod
     def load(cls, folder: str | os.PathLike) -> DatasetInfo:
         """Read a folder's dataset.json."""
-        path = Path(folder) / INFO_FILE
+        path = settled(folder) / INFO_FILE
         if not path.is_file():
             raise UserError(f"There is no dataset in {folder}: {INFO_FILE} was expected.")
         values = read_json(path)
+        if isinstance(values, dict):
+            check_seal(path, values)
+            values.pop(SEAL, None)
         try:
             if values.pop("format") != _FORMAT:
                 raise KeyError("format")
@@ -105,7 +108,7 @@ def write_dataset(
     on_progress: Callable[[int, int], None] | None = None,
     valid: Sequence[Document] | None = None,
 ) -> DatasetInfo:
-    """Tokenize documents and write train.bin, valid.bin and dataset.json, which comes last.
+    """Tokenize documents and write train.bin, valid.bin and dataset.json, all at once.
 
     Args:
         documents: at least two, of different text; with `valid`, all of them are for training.
@@ -158,31 +161,27 @@ def write_dataset(
         valid_fraction = float(np.mean(held_out))
     _require_contexts(lengths, held_out, sequence_length, valid_fraction)
 
-    folder = Path(folder)
     splits: dict[str, SplitInfo] = {}
-    with contextlib.ExitStack() as stack:
+    with changing(folder) as new:
         for name, chosen in (("train", ~held_out), ("valid", held_out)):
             rows = np.flatnonzero(chosen).tolist()
-            path = stack.enter_context(atomic_path(folder / f"{name}.bin"))
             splits[name] = SplitInfo(
                 tokens=int(lengths[rows].sum()),
                 documents=len(rows),
                 text_bytes=sum(sizes[row] for row in rows),
-                sha256=_write(path, [tokens[row] for row in rows]),
+                sha256=_write(new / f"{name}.bin", [tokens[row] for row in rows]),
             )
-        # Without its description the old dataset is gone as a whole, never half replaced
-        (folder / INFO_FILE).unlink(missing_ok=True)
-    info = DatasetInfo(
-        **splits,
-        dtype="uint16" if dtype.itemsize == 2 else "uint32",
-        vocab_size=tokenizer.vocab_size,
-        eot_id=tokenizer.eot_id,
-        sequence_length=sequence_length,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        valid_fraction=valid_fraction,
-        seed=seed,
-    )
-    write_json(folder / INFO_FILE, {"format": _FORMAT, **dataclasses.asdict(info)})
+        info = DatasetInfo(
+            **splits,
+            dtype="uint16" if dtype.itemsize == 2 else "uint32",
+            vocab_size=tokenizer.vocab_size,
+            eot_id=tokenizer.eot_id,
+            sequence_length=sequence_length,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            valid_fraction=valid_fraction,
+            seed=seed,
+        )
+        write_json(new / INFO_FILE, sealed({"format": _FORMAT, **dataclasses.asdict(info)}))
     return info
 
 

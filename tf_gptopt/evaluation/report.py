@@ -6,10 +6,10 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tf_gptopt._files import write_json, write_text
+from tf_gptopt._folder import changing
 from tf_gptopt.evaluation.size import Size
 from tf_gptopt.evaluation.speed import DraftSpeed, Speed
 
@@ -212,9 +212,10 @@ def cells(row: Row) -> list[str]:
 
 
 def write_report(report: Report, folder: str | os.PathLike, title: str) -> None:
-    """Write report.json and report.md to `folder`, each atomically."""
-    write_json(Path(folder) / "report.json", report.to_dict())
-    write_text(Path(folder) / "report.md", markdown(report, title))
+    """Write report.json and report.md to `folder`, both at once."""
+    with changing(folder) as new:
+        write_json(new / "report.json", report.to_dict())
+        write_text(new / "report.md", markdown(report, title))
 
 
 def three_digits(count: float) -> str:

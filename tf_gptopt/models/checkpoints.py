@@ -6,14 +6,14 @@ model.safetensors    float32 arrays by layer and weight: "block_0_qkv/kernel" (i
 tokenizer.json       (and what comes with it) when the model has a tokenizer
 ```
 
-config.json is written last: a folder that has one is complete. Hugging Face GPT-2 folders are read
+All of them change at once (`_folder.py`), and each is checked when it is read: config.json names
+the sha256 of the others and carries its own. Hugging Face GPT-2 folders are read
 too (`load_checkpoint`) and written (`save_checkpoint`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -23,14 +23,21 @@ from typing import Any
 import numpy as np
 
 from tf_gptopt._errors import UserError, suggest
-from tf_gptopt._files import atomic_path, read_json
+from tf_gptopt._files import check_seal, file_digest, read_json, sealed
+from tf_gptopt._folder import changing, settled
 from tf_gptopt._keras import keras
-from tf_gptopt._tokenizer import TOKENIZER_FILE, Tokenizer, as_tokenizer, has_tokenizer
+from tf_gptopt._tokenizer import (
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+    Tokenizer,
+    as_tokenizer,
+    has_tokenizer,
+)
 from tf_gptopt.models import huggingface
 from tf_gptopt.models.config import GPTConfig
 from tf_gptopt.models.finite import check_finite
 from tf_gptopt.models.gpt import GPTModel, require_gpt
-from tf_gptopt.models.safetensors_file import read_tensors, write_tensors
+from tf_gptopt.models.safetensors_file import read_with_digest, write_tensors
 
 __all__ = [
     "assign_weights",
@@ -97,28 +104,32 @@ def assign_weights(model: GPTModel, weights: Mapping[str, np.ndarray]) -> None:
         UserError: for missing, unexpected or wrongly shaped weights, and for wrapped models.
     """
     variables = _variables(model)
-    missing = [name for name in variables if name not in weights]
+    _check_fit({name: tuple(variable.shape) for name, variable in variables.items()}, weights)
+    for name, variable in variables.items():
+        variable.assign(np.asarray(weights[name]).astype(variable.dtype.as_numpy_dtype))
+
+
+def _check_fit(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, np.ndarray]) -> None:
+    missing = [name for name in shapes if name not in weights]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(variables)} weights are missing: {_some(missing)}. "
+            f"{len(missing)} of {len(shapes)} weights are missing: {_some(missing)}. "
             "The weights belong to another shape of model, or the file is incomplete."
         )
-    unexpected = [name for name in weights if name not in variables]
+    unexpected = [name for name in weights if name not in shapes]
     if unexpected:
-        hint = suggest(unexpected[0], variables) if len(unexpected) == 1 else ""
+        hint = suggest(unexpected[0], shapes) if len(unexpected) == 1 else ""
         raise UserError(
             f"The model has no weights named {_some(unexpected)}.{hint} The weights belong to "
             "another shape of model (num_layers, tie_embeddings)."
         )
-    for name, variable in variables.items():
-        expected, received = tuple(variable.shape), np.shape(weights[name])
+    for name, expected in shapes.items():
+        received = np.shape(weights[name])
         if expected != received:
             raise UserError(
                 f"Weight {name!r} has the wrong shape. Expected {expected}. Received {received}. "
                 "Build the model with the shape that the weights were trained in."
             )
-    for name, variable in variables.items():
-        variable.assign(np.asarray(weights[name]).astype(variable.dtype.as_numpy_dtype))
 
 
 def _variables(model: GPTModel) -> dict[str, Any]:
@@ -161,7 +172,7 @@ def save_model(
     tokenizer: Any = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a plain model to `folder`; what was there stays whole until the new files are.
+    """Write a plain model to `folder`; a model that is there is replaced as a whole, in one moment.
 
     Args:
         model: without pruning or quantization wrappers.
@@ -215,7 +226,15 @@ def load_model(folder: str | os.PathLike, **dropouts: float | None) -> GPTModel:
     except TypeError as error:
         raise UserError(f"{folder / CONFIG_FILE}: 'gpt' is incomplete ({error}).") from None
     ranges = _read_ranges(folder, config.get("activation_ranges"))
-    weights = read_tensors(folder / WEIGHTS_FILE)
+    check_seal(folder / CONFIG_FILE, config)
+    weights, digest = read_with_digest(folder / WEIGHTS_FILE)
+    _check_sizes(folder, shape, weights)
+    if config.get("weights_sha256", digest) != digest:
+        raise UserError(
+            f"{folder / WEIGHTS_FILE} holds other weights than {CONFIG_FILE} was written with: one "
+            "was replaced, or the folder is being written. Load it again, copy the whole folder "
+            "again, or save the model again."
+        )
     shape = shape.with_dropout(**dropouts)
     model = _build(folder, shape, weights, tokenizer_hash=config.get("tokenizer_sha256"))
     model.activation_ranges = ranges
@@ -244,8 +263,8 @@ def load_checkpoint(path: str | os.PathLike, **dropouts: float | None) -> GPTMod
             "has no 'format' and no 'model_type'."
         )
     shape, weights = huggingface.read_gpt2(folder, config)
-    shape = shape.with_dropout(**dropouts)
-    return _build(folder, shape, weights)
+    _check_sizes(folder, shape, weights)
+    return _build(folder, shape.with_dropout(**dropouts), weights)
 
 
 def save_checkpoint(
@@ -283,17 +302,16 @@ def _save_folder(
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model "
             f"{model.config.vocab_size}: they do not belong together."
         )
-    # The weights, the bulk, are on disk before any file gets its name; the config is the last.
-    with (
-        _writing(folder),
-        atomic_path(folder / CONFIG_FILE) as config_path,
-        atomic_path(folder / WEIGHTS_FILE) as weights_path,
-    ):
-        write_tensors(weights_path, weights, metadata)
+    owned = () if tokenizer is None else TOKENIZER_FILES
+    with _writing(folder), changing(folder, owned) as new:
+        digest = write_tensors(new / WEIGHTS_FILE, weights, metadata)
         if tokenizer is not None:
-            tokenizer.save(folder)
-            config = {**config, "tokenizer_sha256": _sha256(folder / TOKENIZER_FILE)}
-        config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            tokenizer.save(new)
+            config = {**config, "tokenizer_sha256": file_digest(new / TOKENIZER_FILE)}
+        if config.get("format") == FORMAT:  # other programs write other weights beside their config
+            config = sealed({**config, "weights_sha256": digest})
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (new / CONFIG_FILE).write_text(text, "utf-8")
 
 
 @contextlib.contextmanager
@@ -312,6 +330,7 @@ def _read_config(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}. A checkpoint is a folder with a config.json.")
+    settled(folder)
     _refuse_adapter(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(
@@ -348,6 +367,19 @@ def _read_ranges(folder: Path, ranges: Any) -> dict[str, tuple[float, float]] | 
         ) from None
 
 
+def _check_sizes(folder: Path, shape: GPTConfig, weights: Mapping[str, np.ndarray]) -> None:
+    """Before a model is built, which of a size that nobody has could take all memory."""
+    try:
+        if shape.num_layers > len(weights):
+            raise UserError(
+                f"{CONFIG_FILE} says num_layers={shape.num_layers}, and there are no more than "
+                f"{len(weights)} weights, so some are missing. Restore the file that was saved."
+            )
+        _check_fit(weight_shapes(shape), weights)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+
+
 def _build(
     folder: Path,
     shape: GPTConfig,
@@ -363,15 +395,16 @@ def _build(
         raise UserError(f"{folder}: {error}") from None
     if tokenizer_hash or has_tokenizer(folder):
         file = folder / TOKENIZER_FILE
+        if tokenizer_hash and not file.is_file():
+            raise UserError(
+                f"{file} is missing: the model was saved with a tokenizer. Restore the file, or "
+                "remove 'tokenizer_sha256' from config.json to do without."
+            )
         # a wrong tokenizer of the right size would be silent nonsense
-        if tokenizer_hash and file.is_file() and tokenizer_hash != _sha256(file):
+        if tokenizer_hash and tokenizer_hash != file_digest(file):
             raise UserError(
                 f"{folder / TOKENIZER_FILE} is not the tokenizer that the model was saved with. "
                 "Restore the file, or remove 'tokenizer_sha256' from config.json to insist."
             )
         model.tokenizer = Tokenizer.load(folder)
     return model
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

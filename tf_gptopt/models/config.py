@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ from tf_gptopt._errors import UserError, known_arguments, suggest
 PerBlock = int | tuple[int, ...]
 ACTIVATIONS = ("gelu_new", "gelu", "relu")
 DROPOUTS = ("dropout", "embedding_dropout", "attention_dropout")
+_MOST = 2**31 - 1  # of any size: what an int32 counts
 
 
 @known_arguments
@@ -60,11 +62,22 @@ class GPTConfig:
         if self.activation not in ACTIVATIONS:
             hint = suggest(str(self.activation), ACTIVATIONS)
             raise UserError(f"Unknown activation {self.activation!r}.{hint}")
+        epsilon = self.layer_norm_epsilon
+        if not (_is_number(epsilon) and 0.0 <= epsilon < 1.0):
+            raise UserError(
+                f"layer_norm_epsilon must be in [0, 1). Received: layer_norm_epsilon={epsilon!r}."
+            )
+        if not isinstance(self.tie_embeddings, bool):
+            raise UserError(
+                "tie_embeddings must be true or false. Received: "
+                f"tie_embeddings={self.tie_embeddings!r}."
+            )
         set_field = object.__setattr__  # the dataclass is frozen
         for name in DROPOUTS:
             rate = getattr(self, name)
-            if rate is not None and not 0.0 <= rate < 1.0:
-                raise UserError(f"{name} must be in [0, 1). Received: {name}={rate}.")
+            is_left_out = rate is None and name != "dropout"
+            if not is_left_out and not (_is_number(rate) and 0.0 <= rate < 1.0):
+                raise UserError(f"{name} must be in [0, 1). Received: {name}={rate!r}.")
             if name != "dropout" and rate == self.dropout:
                 set_field(self, name, None)  # equal shapes are equal however they were written
         if self.head_dim is None:
@@ -177,6 +190,13 @@ class GPTConfig:
 def _check_positive(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{name} must be a positive integer. Received: {name}={value!r}.")
+    if value > _MOST:
+        received = f"{value:,}" if value < 10**18 else f"a number of {value.bit_length()} bits"
+        raise UserError(f"{name} must be at most {_MOST:,}. Received: {received}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 GPT2_VOCAB = 50257

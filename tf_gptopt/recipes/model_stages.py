@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tf_gptopt._files import write_json
+from tf_gptopt._folder import changing
 from tf_gptopt.compression.calibration import calibration_ids
 from tf_gptopt.compression.pruning import pruner
 from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
@@ -180,15 +181,17 @@ def export(
     model = load_checkpoint(model_folder)
     ids = _calibration(model, config, dataset_folder, section.calibration)
     text = dataset_folder or text_folder
-    info = export_tflite(
-        model,
-        out / "model.tflite",
-        config,
-        tokenizer=model.tokenizer,
-        calibration=ids,
-        check=True if text is None else calibration_ids(matching_dataset(model, text), 1),
-    )
-    write_json(out / "config.json", {"format": "tflite", "gpt": model.config.to_dict()})
+    with changing(out) as new:
+        info = export_tflite(
+            model,
+            new / "model.tflite",
+            config,
+            tokenizer=model.tokenizer,
+            calibration=ids,
+            check=True if text is None else calibration_ids(matching_dataset(model, text), 1),
+        )
+        write_json(new / "config.json", {"format": "tflite", "gpt": model.config.to_dict()})
+    info = dataclasses.replace(info, path=str(out / "model.tflite"))
     console.note(f"{human_bytes(info.bytes)}, {config.name}")
     return dataclasses.asdict(info)
 

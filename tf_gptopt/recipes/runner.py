@@ -25,6 +25,7 @@ from typing import Any
 from tf_gptopt._clock import clock
 from tf_gptopt._errors import UserError
 from tf_gptopt._files import read_json, write_bytes, write_json, write_text
+from tf_gptopt._folder import changing
 from tf_gptopt._startup import load_tensorflow
 from tf_gptopt._version import __version__
 from tf_gptopt.compression.quantization.config import QuantConfig
@@ -122,8 +123,9 @@ def run_recipe(
         stage("evaluate", measured, "on the same held-out text")
         if not leads():
             return Report.from_dict(read_json(out / "evaluate" / "report.json"))
-        for name in ("report.json", "report.md"):
-            write_bytes(out / name, (out / "evaluate" / name).read_bytes())
+        with changing(out) as new:
+            for name in ("report.json", "report.md"):
+                write_bytes(new / name, (out / "evaluate" / name).read_bytes())
         report = Report.from_dict(read_json(out / "report.json"))
         console.note(rich_table(report))
         console.note(report.why)

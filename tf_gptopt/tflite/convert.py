@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tf_gptopt._errors import UserError
-from tf_gptopt._files import atomic_path
+from tf_gptopt._folder import changing
 from tf_gptopt._tokenizer import as_tokenizer
 from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.compression.quantization.found_scheme import find_scheme
@@ -95,8 +95,9 @@ def export_tflite(
             head. One that is wrapped for pruning or quantization-aware training is stripped first;
             it is not changed. Weights that are on a grid of the scheme (`quantize`,
             `quantize_aware`) are stored to the bit; others are rounded to the nearest.
-        path: where to; replaced atomically. A file of a scheme that is not plain int8 or float
-            first runs in a process of its own, because LiteRT aborts where others raise.
+        path: where to; replaced atomically, together with the tokenizer. A file of a scheme that is
+            not plain int8 or float first runs in a process of its own, because LiteRT aborts where
+            others raise.
         quant: the scheme; default the one whose grids the weights lie on, and
             `QuantConfig("int8")` for float weights.
         tokenizer: default `model.tokenizer`. Its files go into the file and into its folder.
@@ -141,7 +142,8 @@ def export_tflite(
         decode_capacities=decode_capacities,
         verify_lengths=verify_lengths,
     )
-    with atomic_path(path) as temporary:
+    with changing(path.parent) as new:
+        temporary = new / path.name
         temporary.write_bytes(data)
         stored = read_weights(data)
         looks = check is not None and check is not False
@@ -161,7 +163,7 @@ def export_tflite(
         bundle.append_files(temporary, files)
         seal_file(temporary)
         if hasattr(tokenizer, "save"):
-            tokenizer.save(path.parent)
+            tokenizer.save(new)
         return dataclasses.replace(info, path=str(path), bytes=temporary.stat().st_size)
 
 

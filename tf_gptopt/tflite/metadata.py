@@ -28,6 +28,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from tf_gptopt._errors import UserError
+from tf_gptopt._folder import settled
 from tf_gptopt.tflite.described import Unfit, check_described
 from tf_gptopt.tflite.flatbuffer import Model
 
@@ -215,6 +216,7 @@ def _read_mapped(
 
 def _map(path: Path) -> mmap.mmap:
     """The file in memory, to be written to without changing it."""
+    settled(path.parent)
     if path.is_dir():
         raise UserError(f"{path} is a folder. Name the .tflite file in it.")
     if not path.is_file():
