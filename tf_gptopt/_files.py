@@ -15,7 +15,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tf_gptopt._errors import UserError
 
@@ -73,6 +73,29 @@ def held(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """A file to lock, made when absent and never written to.
+
+    Raises:
+        UserError: when something else has its name: a link could lead to anybody's file.
+    """
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        handle = os.open(path, flags, 0o666)
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return os.fdopen(handle, "rb+", buffering=0)
+        os.close(handle)
+    except OSError as error:
+        if not (path.is_symlink() or path.exists()):
+            raise UserError(
+                f"{path.parent} cannot be written ({error.strerror}). Name another folder, or mend "
+                "its permissions."
+            ) from None
+    raise UserError(
+        f"{path} is a link, or no file that can be locked. Remove it, or name another folder."
+    )
 
 
 def is_held(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """fit: an ordinary run, what it refuses, what it says, Ctrl-C, divergence and damaged files."""
 
 import dataclasses
+import json
 import os
 import resource
 import shutil
@@ -14,6 +15,8 @@ from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.training.config import TrainConfig
+from tf_gptopt.training.loss import NextTokenLoss
+from tf_gptopt.training.optimizer import adamw
 from tf_gptopt.training.trainer import fit
 
 
@@ -178,8 +181,9 @@ def test_if_all_are_damaged_it_says_so(tmp_path):
     fit(build(), Counting(), CONFIG, tmp_path, [], quiet)
     for path in tmp_path.glob("step-*/*.index"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="are damaged"):
-        fit(build(), Counting(), CONFIG, tmp_path, [], quiet)
+    for _ in range(2):  # and the next call does not start over, as if nothing had been there
+        with pytest.raises(UserError, match="are damaged"):
+            fit(build(), Counting(), CONFIG, tmp_path, [], quiet)
 
 
 def test_checkpoints_of_another_run_are_refused(tmp_path):
@@ -191,8 +195,66 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
         fit(build(num_layers=2), Counting(), CONFIG, tmp_path, [], quiet)
     same_size = build()
     same_size.compile("sgd", "sparse_categorical_crossentropy")
-    with pytest.raises(UserError, match="another model or optimizer"):
+    with pytest.raises(
+        UserError, match=r"loss\.class was 'NextTokenLoss' and is 'sparse_cat.*AdamW"
+    ):
         fit(same_size, Counting(), CONFIG, tmp_path, [], quiet)
+
+
+def compiled(optimizer, loss=None, **options):
+    model = build(**options)
+    model.compile(optimizer, loss or NextTokenLoss())
+    return model
+
+
+def same_adamw(**changes):
+    """What `fit` makes of CONFIG, but for the changes."""
+    return adamw(**{"steps": 30, "learning_rate": 1e-2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: build(dropout=0.3), r"model\.dropout was 0\.1 and is 0\.3"),
+        (lambda: build(layer_norm_epsilon=1e-3), r"model\.layer_norm_epsilon was 1e-05"),
+        (lambda: build(num_heads=4), r"model\.head_dim was 8 and is 4, model\.num_heads was 2"),
+        (lambda: compiled(same_adamw(epsilon=1e-5)), r"optimizer\.epsilon was 1e-08 and is 1e-05"),
+        (lambda: compiled(same_adamw(learning_rate=1.0)), r"learning_rate\.peak was 0\.01"),
+        (lambda: compiled(same_adamw(clip_norm=None)), r"global_clipnorm was 1\.0 and is None"),
+        (lambda: compiled(same_adamw(), NextTokenLoss(ignore_label=7)), r"loss\.ignore_label was"),
+        (lambda: compiled(keras.optimizers.Adam(1e-2)), r"optimizer\.class was 'AdamW'"),
+    ],
+)
+def test_what_a_run_goes_on_with_is_compared_whole(begun, tmp_path, make, said):
+    shutil.copytree(begun, tmp_path / "run")
+    with pytest.raises(UserError, match=said):
+        fit(make(), Counting(), CONFIG, tmp_path / "run", [], quiet)
+
+
+def test_what_makes_no_difference_does_not_stop_a_run(begun, tmp_path):
+    shutil.copytree(begun, tmp_path / "run")
+    fit(compiled(same_adamw()), Counting(), CONFIG, tmp_path / "run", [], quiet)
+    described = tmp_path / "run" / "run.json"  # of an earlier version, which knew less
+    known = json.loads(described.read_text())
+    less = {key: value for key, value in known.items() if "." not in key and key != "sha256"}
+    assert len(less) < len(known) - 20
+    described.write_text(json.dumps(less))
+    fit(build(dropout=0.3), Counting(), CONFIG, tmp_path / "run", [], quiet)
+    described.write_text(json.dumps({**known, "model.dropout": 0.3}))
+    with pytest.raises(UserError, match=r"run\.json has been damaged"):
+        fit(build(dropout=0.3), Counting(), CONFIG, tmp_path / "run", [], quiet)
+    for text in ("[]", "null"):
+        described.write_text(text)
+        with pytest.raises(UserError, match="must hold a JSON object"):
+            fit(build(), Counting(), CONFIG, tmp_path / "run", [], quiet)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Checkpoints of a run that has ended."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    fit(build(), Counting(), CONFIG, folder, [], quiet)
+    return folder
 
 
 def test_a_checkpoint_being_written_is_no_checkpoint(tmp_path):

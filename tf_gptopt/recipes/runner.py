@@ -2,7 +2,9 @@
 
 A stage is finished when its folder holds a metrics.json, written last and atomically. The file
 carries the stage's key: a hash of its section, its seed and the keys of its inputs. A changed
-recipe, corpus or earlier stage changes the key, and then the stage and those after it run again.
+recipe, corpus or earlier stage changes the key, and then the stage and those after it run again. It
+also carries digests of the stage's files: one that is gone makes the stage run again, and one that
+was damaged or changed is an error, wherever the folder is read.
 
 In a cluster every worker runs the same command. The chief holds the lock, decides which stage is
 finished, writes, and tells the others; they take part in the stages that train and wait out the
@@ -24,7 +26,7 @@ from typing import Any
 
 from tf_gptopt._clock import clock
 from tf_gptopt._errors import UserError
-from tf_gptopt._files import read_json, write_bytes, write_json, write_text
+from tf_gptopt._files import open_lock, read_json, sealed, write_bytes, write_json, write_text
 from tf_gptopt._folder import changing
 from tf_gptopt._startup import load_tensorflow
 from tf_gptopt._version import __version__
@@ -32,6 +34,7 @@ from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.data.corpus import corpus_files
 from tf_gptopt.data.files import file_kind
 from tf_gptopt.recipes.console import Console
+from tf_gptopt.recipes.finished import KEY, METRICS, digests, lost_file, read_metrics
 from tf_gptopt.recipes.places import model_place
 from tf_gptopt.recipes.recipe import Recipe, plain
 from tf_gptopt.recipes.run_page import Sample, held_out_sample, run_page
@@ -41,8 +44,6 @@ from tf_gptopt.recipes.speak import SAMPLING, say, stream_completion
 from tf_gptopt.training.cluster import Alone, find_cluster, leads
 from tf_gptopt.training.config import ON_THE_WAY
 
-METRICS = "metrics.json"
-KEY = "key.json"
 TRAINING = ("train", "distill", "prune", "qat", "draft")  # the stages that all workers do together
 TITLES = {
     "distill": "teacher -> student",
@@ -207,7 +208,7 @@ def run_stage(
             function(section, **inputs, out=out, seed=seed, console=console)
         return workers.share(None)
     key = stage_key(name, section, inputs, seed)
-    finished = finished_metrics(out, key)
+    finished = finished_metrics(out, key, console)
     workers.share(finished)
     if finished is not None:
         console.heading(name, f"{title} [dim]· finished before[/]")
@@ -225,8 +226,9 @@ def run_stage(
         "seed": seed,
         "seconds": round(time.monotonic() - began, 2),
         **metrics,
+        "files": digests(out),
     }
-    write_json(out / METRICS, metrics)
+    write_json(out / METRICS, sealed(metrics))
     remove_checkpoints(out)
     return workers.share(metrics)
 
@@ -256,12 +258,17 @@ def find_stage(name: str) -> Callable[..., Metrics]:
     return getattr(module, name)
 
 
-def finished_metrics(out: Path, key: str) -> Metrics | None:
-    """The metrics of a finished stage, if they belong to this key."""
+def finished_metrics(out: Path, key: str, console: Console) -> Metrics | None:
+    """The metrics of a finished stage, if they belong to this key and its files are there."""
     if not (out / METRICS).exists():
         return None
-    metrics = read_json(out / METRICS)
-    return metrics if metrics.get("key") == key else None
+    metrics = read_metrics(out)
+    if metrics.get("key") != key:
+        return None
+    if lost := lost_file(out, metrics):
+        console.note(f"{out / lost} is gone: the stage runs again")
+        return None
+    return metrics
 
 
 def forget_other_key(out: Path, key: str) -> None:
@@ -305,7 +312,13 @@ def _input_key(value: Any) -> Any:
         return key
     folder = Path(value)
     if (folder / METRICS).exists() and (folder / KEY).exists():  # a stage's, and finished
-        return read_json(folder / METRICS)["key"]
+        metrics = read_metrics(folder)
+        if lost := lost_file(folder, metrics):
+            raise UserError(
+                f"{folder / lost} is missing: the stage that wrote {folder} had finished with it. "
+                "Restore it, or run that stage again."
+            )
+        return metrics["key"]
     files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
     return [_digest(path) for path in files if path.is_file()]
 
@@ -327,7 +340,7 @@ def locked(out: Path) -> Iterator[None]:
         yield
         return
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
+    with open_lock(out / ".lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

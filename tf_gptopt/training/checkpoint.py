@@ -23,8 +23,9 @@ from typing import Any
 import tensorflow as tf
 
 from tf_gptopt._errors import UserError, reason_of
-from tf_gptopt._files import read_json, sync, write_json
+from tf_gptopt._files import SEAL, check_seal, read_json, sealed, sync, write_json
 from tf_gptopt.training.cluster import Alone
+from tf_gptopt.training.settings import differences, flat
 
 _KEEP = 2
 _RUN_FILE = "run.json"
@@ -129,7 +130,9 @@ class Checkpoints:
         """The step of the newest whole checkpoint of this run; damaged ones step aside."""
         steps = self.steps()
         if not steps:
-            write_json(self.folder / _RUN_FILE, self._run)
+            if any(self.folder.glob("damaged-*")):
+                raise self._all_damaged()
+            write_json(self.folder / _RUN_FILE, sealed(self._run))
             return None
         self._check_run()
         for step in reversed(steps):
@@ -137,7 +140,10 @@ class Checkpoints:
                 return step
             with contextlib.suppress(OSError):  # out of the way of the next one
                 os.replace(self._path(step), self.folder / f"damaged-{step:08d}")
-        raise UserError(
+        raise self._all_damaged()
+
+    def _all_damaged(self) -> UserError:
+        return UserError(
             f"The checkpoints in {self.folder} are damaged. Restore the folder from a copy, or "
             "delete it to start over."
         )
@@ -159,13 +165,17 @@ class Checkpoints:
             ) from None
 
     def _check_run(self) -> None:
-        before = read_json(self.folder / _RUN_FILE)
-        different = sorted(
-            key for key in before.keys() | self._run.keys() if before.get(key) != self._run.get(key)
-        )
+        path = self.folder / _RUN_FILE
+        before = read_json(path)
+        if not isinstance(before, dict):
+            raise UserError(f"{path} must hold a JSON object. Restore the folder from a copy.")
+        check_seal(path, before)
+        before.pop(SEAL, None)
+        different = differences(flat(self._run), flat(before))
         if different:
             changes = ", ".join(
-                f"{key} was {before.get(key)!r} and is {self._run.get(key)!r}" for key in different
+                f"{name} was {theirs!r} and is {ours!r}"
+                for name, (ours, theirs) in different.items()
             )
             raise UserError(
                 f"The checkpoints in {self.folder} are of another run: {changes}. Give the values "

@@ -17,6 +17,7 @@ from tf_gptopt.training.config import ON_THE_WAY, TrainConfig
 from tf_gptopt.training.microbatches import check_accumulation
 from tf_gptopt.training.precision import model_policies, policy_of
 from tf_gptopt.training.schedules import schedule_for
+from tf_gptopt.training.settings import differences, flat
 
 
 class Batches(Protocol):
@@ -85,14 +86,15 @@ def describe(model: keras.Model, dataset: Batches, config: TrainConfig) -> dict[
 
 def check_same(workers: Alone, run: dict[str, Any]) -> None:
     """Workers that train different runs would mix them into one, without a word."""
-    chiefs = workers.share(run)
-    different = sorted(key for key in run if run[key] != chiefs.get(key))
-    if different:
-        theirs = ", ".join(f"{key} is {run[key]!r}, not {chiefs.get(key)!r}" for key in different)
-        raise UserError(
-            f"Worker {workers.index} trains another run than worker 0: {theirs}. Give all workers "
-            "the same command, and a file system on which they see the same files."
-        )
+    different = differences(flat(run), flat(workers.share(run)))
+    with workers.agreed():
+        if different:
+            theirs = (f"{name} is {ours!r}, not {its!r}" for name, (ours, its) in different.items())
+            raise UserError(
+                f"Worker {workers.index} trains another run than worker 0: {', '.join(theirs)}. "
+                "Give all workers the same command, and a file system on which they see the same "
+                "files."
+            )
 
 
 def check_length(state: RunState, config: TrainConfig, folder: str | os.PathLike) -> None:

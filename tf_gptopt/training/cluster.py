@@ -19,12 +19,13 @@ Needs no TensorFlow (only Slurm's host lists do).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tf_gptopt._errors import UserError
@@ -76,6 +77,12 @@ class Alone:
     def total(self, numbers: Sequence[int]) -> list[int]:
         """The sums over all workers, element by element."""
         return list(numbers)
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """A `UserError` that any worker raises in the block is raised by all of them after it. What
+        is inside talks to no other worker."""
+        yield
 
 
 def find_cluster(environment: Mapping[str, str] = os.environ) -> Cluster | None:

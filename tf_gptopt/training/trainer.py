@@ -47,6 +47,7 @@ from tf_gptopt.training.parallel.pipeline import PipelinedGPT, pipeline
 from tf_gptopt.training.parallel.tensor import ShardedGPT, shard
 from tf_gptopt.training.precision import compute_dtype, rewriting
 from tf_gptopt.training.profile import Profile
+from tf_gptopt.training.settings import settings
 from tf_gptopt.training.workers import stall_seconds, together, workers_of
 
 
@@ -105,9 +106,10 @@ def fit(
         return _fit_on_mesh(model, dataset, config, checkpoint_dir, callbacks, on_progress)
     if config.pipeline is not None and not isinstance(model, PipelinedGPT):
         return _fit_in_stages(model, dataset, config, checkpoint_dir, callbacks, on_progress)
-    check(model, dataset, config)
     strategy = model.distribute_strategy
     workers = workers_of(strategy)
+    with workers.agreed():
+        check(model, dataset, config)
     run = describe(model, dataset, config)
     check_same(workers, run)
     if model.distribute_reduction_method == "auto":
@@ -118,6 +120,8 @@ def fit(
         if not model._is_compiled:
             model.compile(optimizer_for(config), loss=NextTokenLoss())
         average_over_tokens(model)
+        run |= settings(model)
+        check_same(workers, run)
         model.optimizer.build(model.trainable_variables)  # a checkpoint needs its moments
         checkpoints = None
         if checkpoint_dir is not None:

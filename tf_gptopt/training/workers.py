@@ -90,15 +90,31 @@ class Workers(Alone):
 
     def share(self, value: Any) -> Any:
         """The chief's value, plain for JSON, on every worker; the others' is not looked at."""
-        text = json.dumps(value).encode() if self.is_chief else b""
+        return self._share(value, 0)
+
+    def _share(self, value: Any, index: int) -> Any:
+        """The value of worker `index`, on every worker."""
+        is_mine = index == self.index
+        text = json.dumps(value).encode() if is_mine else b""
         (size,) = self.total([len(text)])
-        numbers = np.frombuffer(text, np.uint8) if self.is_chief else np.zeros(size, np.uint8)
+        numbers = np.frombuffer(text, np.uint8) if is_mine else np.zeros(size, np.uint8)
         return json.loads(bytes(self.total(numbers)))
 
     def total(self, numbers: Sequence[int]) -> list[int]:
         """The sums over all workers, element by element; as many numbers on each."""
         with together(self):
             return self._total(tf.constant(np.asarray(numbers, np.int64))).numpy().tolist()
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        problem = ""
+        try:
+            yield
+        except UserError as error:
+            problem = str(error)
+        found = self.total([index == self.index and bool(problem) for index in range(self.count)])
+        if any(found):
+            raise UserError(self._share(problem, found.index(1)))
 
 
 @contextlib.contextmanager
