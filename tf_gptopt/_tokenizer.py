@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tf_gptopt._decoders import Changes, changes_of, is_byte_token
 from tf_gptopt._errors import UserError
 from tf_gptopt._files import write_bytes, write_json, write_text
 from tf_gptopt._folder import changing
+from tf_gptopt._ids import as_ids
 from tf_gptopt._tokenizer_folder import (
     CONFIG_FILE,
     END_OF_TEXT,
@@ -244,8 +245,11 @@ class Tokenizer:
         Raises:
             UserError: for ids that are no integers of 0 or more.
         """
-        ids = _checked(ids)
-        return self._backend.decode([i for i in ids if i < self.vocab_size], False)
+        expected = "Token ids to decode are a list of integers of 0 or more."
+        array = as_ids(list(ids) if isinstance(ids, Iterator) else ids, expected)
+        if array.size and array.min() < 0:
+            raise UserError(f"{expected} Received: {array.min()}.")
+        return self._backend.decode(array[array < self.vocab_size].tolist(), False)
 
     @functools.cached_property
     def _splitting(self) -> Backend:
@@ -290,17 +294,6 @@ def as_tokenizer(tokenizer: Any) -> Any:
                 kind = type(tokenizer).__name__
                 raise UserError(f"The {kind} cannot be read from what it saves: {error}") from None
     return tokenizer
-
-
-def _checked(ids: Iterable[int]) -> list[int]:
-    values = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-    for i in values:
-        if not isinstance(i, (int, np.integer)) or isinstance(i, bool) or i < 0:
-            raise UserError(
-                f"Token ids are integers of 0 or more. Received: {i!r}. Round and cast ids that "
-                "are numbers of another type yourself."
-            )
-    return [int(i) for i in values]
 
 
 def _ids_before(backend: Backend) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gptopt._errors import UserError, suggest
+from tf_gptopt._ids import as_ids
 from tf_gptopt.compression.block_parts import (
     block_part,
     dense_names,
@@ -189,18 +190,13 @@ def _is_pair(batch: Any, streamed: bool) -> bool:
 
 def _token_matrix(value: Any) -> np.ndarray:
     """`value` as `(examples, time)` int32."""
-    try:
-        ids = np.asarray(value)
-    except ValueError:  # lists of different lengths
-        ids = np.empty(0, object)
-    if ids.dtype.kind not in "iu" or ids.ndim != 2:
-        raise UserError(
-            "Calibration takes token ids, integers (examples, time): an array, a tensor, a "
-            "tf.data.Dataset of such batches, or a TokenDataset. Received: "
-            f"{type(value).__name__} of {ids.dtype}, shape {ids.shape}. Encode text with a "
-            "tokenizer, and cut it into examples of one length."
-        )
-    return ids.astype(np.int32)
+    return as_ids(
+        value,
+        "Calibration takes token ids, integers (examples, time): an array, a tensor, a "
+        "tf.data.Dataset of such batches, or a TokenDataset. Encode text with a tokenizer, and cut "
+        "it into examples of one length.",
+        ndim=(2,),
+    )
 
 
 # Inputs of Dense layers

@@ -11,11 +11,13 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gptopt._errors import UserError
+from tf_gptopt._ids import as_ids
 from tf_gptopt.models.gpt import GPTModel, require_gpt
 from tf_gptopt.tflite.runtime import TFLiteGPT
 
 Batch = tuple[np.ndarray, np.ndarray]  # inputs and labels, both (batch, time) int32
 Piece = tuple[slice, Any]  # which rows of a batch, and their logits
+_BATCHES = "Batches are pairs of inputs and labels, both token ids (batch, time), integers."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +66,19 @@ def measure_quality(
             its logits, `(batch, time, vocab_size)` for each batch.
 
     Raises:
-        UserError: when there is no batch.
+        UserError: when there is no batch, and for anything but token ids in one.
     """
     forward, theirs = _logits_of(model), _reference_logits(reference)
     total, divergence, top1 = 0.0, 0.0, []
+    vocab_size = model.config.vocab_size
     for inputs, labels in batches:
+        inputs = as_ids(inputs, _BATCHES, ndim=(2,), vocab_size=vocab_size)
+        labels = as_ids(labels, _BATCHES, ndim=(2,))
+        if labels.shape != inputs.shape or labels.max(initial=0) >= vocab_size:
+            raise UserError(
+                f"{_BATCHES} Received: inputs {inputs.shape}, labels {labels.shape} up to "
+                f"{labels.max(initial=0)}, for a vocabulary of {vocab_size} tokens."
+            )
         expected = theirs(inputs)
         for rows, logits in forward(inputs):
             rest = () if expected is None else (expected[rows],)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tf_gptopt._errors import UserError
+from tf_gptopt._ids import as_ids
 from tf_gptopt.models.gpt import GPTModel
 from tf_gptopt.models.sampling import is_count
 from tf_gptopt.models.text_stream import text_after
@@ -36,7 +37,7 @@ def read_inputs(inputs: Any, tokenizer: Any) -> tuple[list[list[int]], GiveBack]
 
         return prompts, as_text
 
-    if isinstance(inputs, (list, tuple)) and any(np.ndim(item) for item in inputs):
+    if isinstance(inputs, (list, tuple)) and any(map(_has_axes, inputs)):
         prompts = [_ids(item) for item in inputs]
 
         def as_lists(completions: list[list[int]], *_: Any) -> Any:
@@ -44,12 +45,12 @@ def read_inputs(inputs: Any, tokenizer: Any) -> tuple[list[list[int]], GiveBack]
 
         return prompts, as_lists
 
-    array = np.asarray(inputs)
-    if array.ndim not in (1, 2):
-        raise UserError(
-            "Token ids are (time,) or (batch, time), or a list of lists. Received: shape "
-            f"{array.shape}."
-        )
+    array = as_ids(
+        inputs,
+        "Prompts are strings or token ids: (time,), (batch, time) or a list of lists. Token ids "
+        "must be integers.",
+        ndim=(1, 2),
+    )
     prompts = [_ids(row) for row in np.atleast_2d(array)]
 
     def as_array(completions: list[list[int]], *_: Any) -> Any:
@@ -81,16 +82,13 @@ def _is_list_of(inputs: Any, kind: type) -> bool:
     return is_list and all(isinstance(item, kind) for item in inputs)
 
 
+def _has_axes(item: Any) -> bool:
+    return isinstance(item, (list, tuple)) or bool(getattr(item, "ndim", 0))
+
+
 def _ids(values: Any) -> list[int]:
-    array = np.asarray(values)
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise UserError(
-            f"Token ids must be integers. Received: {array.dtype} values. Round and cast them "
-            "yourself if they are ids, or hand over strings."
-        )
-    if array.ndim != 1:
-        raise UserError(f"A prompt's token ids are one list. Received: shape {array.shape}.")
-    return array.tolist()
+    expected = "The token ids of a prompt are one list, or strings; ids must be integers."
+    return as_ids(values, expected).tolist()
 
 
 def check_prompts(prompts: list[list[int]], model: GPTModel) -> None:

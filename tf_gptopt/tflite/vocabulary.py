@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tf_gptopt._errors import UserError
+from tf_gptopt._ids import as_ids
 from tf_gptopt._tokenizer import as_tokenizer
 from tf_gptopt.models.choosing import rows_without_token
 from tf_gptopt.tflite.bundle import (
@@ -124,22 +125,11 @@ class Vocabulary:
 
     def check_ids(self, ids: Any) -> np.ndarray:
         """Ids as `as_ids` returns them."""
-        try:
-            array = np.asarray(ids)
-        except (TypeError, ValueError, OverflowError):  # lists of different lengths
-            array = np.empty(0, object)
-        if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-            raise UserError(
-                "A prompt is text or a list of at least one token id. Received: "
-                f"{type(ids).__name__} of shape {array.shape}, {array.dtype}."
-            )
-        outside = array[(array < 0) | (array >= self.size)]
-        if outside.size:
-            raise UserError(
-                f"Token id {outside[0]} is outside the vocabulary of {self.size} tokens. Use the "
-                "tokenizer that the model was trained with."
-            )
-        return array.astype(np.int32)
+        expected = "A prompt is text or a list of at least one token id."
+        array = as_ids(ids, expected, vocab_size=self.size)
+        if not array.size:
+            raise UserError(f"{expected} Received: none ({type(ids).__name__}).")
+        return array
 
     def _check(self, tokenizer: Any, given: Any = None) -> Any:
         """A tokenizer that may have been made from the given one, if it belongs to the file."""
