@@ -144,15 +144,16 @@ def read_json(path: str | os.PathLike) -> Any:
         ) from None
 
 
-def read_text(path: str | os.PathLike, what: str) -> str:
-    """The UTF-8 text of a file that holds a description: an ordinary file, no longer than one is.
+def read_text(path: str | os.PathLike, what: str, most: int | None = None) -> str:
+    """The UTF-8 text of a file that holds a description: an ordinary file of at most `most` bytes.
 
     Raises:
         UserError: when it is absent, something else than a file, far too long or not UTF-8.
     """
+    most = _MOST_TEXT if most is None else most
     try:
         status = os.stat(path)
-        if stat.S_ISREG(status.st_mode) and status.st_size <= _MOST_TEXT:
+        if stat.S_ISREG(status.st_mode) and status.st_size <= most:
             return Path(path).read_text("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None

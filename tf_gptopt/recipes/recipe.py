@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tf_gptopt._errors import UserError, suggest
+from tf_gptopt._files import read_text
 from tf_gptopt._options import one_line
 from tf_gptopt.compression.quantization.config import RECIPES, QuantConfig
 from tf_gptopt.recipes.sections import (
@@ -32,6 +34,9 @@ from tf_gptopt.recipes.sections import (
     TokenizerSection,
     TrainSection,
 )
+
+# A recipe that somebody wrote is far smaller
+_MOST_BYTES, _MOST_VALUES, _MOST_LEVELS, _MOST_NAME = 1 << 18, 10_000, 30, 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +74,13 @@ class Recipe:
     evaluate: EvaluateSection = EvaluateSection()
 
     def __post_init__(self) -> None:
-        if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
-            raise UserError(f"A recipe's name must be a folder's name. Received: {self.name!r}.")
+        name = self.name
+        is_name = name.isprintable() and 0 < len(name.encode()) <= _MOST_NAME
+        if not is_name or set(name) & set("/\\") or name.startswith("."):
+            raise UserError(
+                f"A recipe's name must be a folder's name, of {_MOST_NAME} bytes at most. "
+                f"Received: {name!r:.120}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or YAML."""
@@ -137,18 +147,22 @@ def _kinds_of(key: str) -> set[Any]:
     return kinds
 
 
-def read_scheme(name: str) -> QuantConfig:
+def read_scheme(name: str, within: tuple[str, ...] = ()) -> QuantConfig:
     """A quantization by its name (a key of `RECIPES`), or from a .yaml, .toml or .json file, where
     it may stand under `quantization:`.
 
     Raises:
-        UserError: for a name that is none, and a file that cannot be read.
+        UserError: for a name that is none, and a file that cannot be read or names itself.
     """
+    if name in within:
+        raise UserError(f"{' names '.join((*within, name))}: name a scheme, such as int8, there.")
     if name in RECIPES or not Path(name).suffix:
         return QuantConfig.from_recipe(name)
     values = _read(name)
     values = values.get("quantization", values)
-    return read_scheme(values) if isinstance(values, str) else QuantConfig.from_dict(values)
+    if isinstance(values, str):
+        return read_scheme(values, (*within, name))
+    return QuantConfig.from_dict(values)
 
 
 def packaged_recipes() -> list[str]:
@@ -166,12 +180,10 @@ def _read(path: str | Path | None) -> dict[str, Any]:
         )
     else:
         try:
-            text, name = Path(path).read_text("utf-8"), Path(path).name
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            text, name = read_text(path, "recipe", _MOST_BYTES), Path(path).name
+        except UserError as error:
             raise UserError(
-                f"The recipe {path} cannot be read ({reason})."
-                f"{suggest(str(path), packaged_recipes())}"
+                f"The recipe {path} cannot be read: {error}{suggest(str(path), packaged_recipes())}"
             ) from None
     values = _parse(text, name)
     if not isinstance(values, dict):
@@ -184,8 +196,8 @@ def _parse(text: str, name: str) -> Any:
         import tomllib
 
         try:
-            return tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+            return _bounded(tomllib.loads(text), name)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{name} is not valid TOML: {error}.") from None
     return _load_yaml(text, name) or {}
 
@@ -194,6 +206,13 @@ def _load_yaml(text: str, name: str) -> Any:
     """YAML 1.2 in that `2:4` is a text; 1.1 takes it for minutes and seconds, 124."""
     import yaml
 
+    steps = itertools.accumulate((c in "[{") - (c in "]}") for c in text)
+    if max(steps, default=0) > _MOST_LEVELS or "\n" + " " * 8 * _MOST_LEVELS in text:
+        raise UserError(  # the parser would take minutes
+            f"{name} has more than {_MOST_LEVELS} levels of brackets or indentation. A recipe has "
+            "three or four."
+        )
+
     class Loader(yaml.SafeLoader):
         def resolve(self, kind: type, value: str, implicit: Any) -> str:
             tag = super().resolve(kind, value, implicit)
@@ -201,9 +220,33 @@ def _load_yaml(text: str, name: str) -> Any:
             return self.DEFAULT_SCALAR_TAG if number and ":" in value else tag
 
     try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+        return _bounded(yaml.load(text, Loader), name)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _bounded(values: Any, name: str) -> Any:
+    """`values`, unless they are more than a recipe has: a few YAML aliases of aliases stand for
+    billions of values, and one that contains itself for endless ones."""
+    left, level = _MOST_VALUES, [values]
+    for _ in range(_MOST_LEVELS):
+        level = [
+            item
+            for value in level
+            if isinstance(value, (dict, list))
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        left -= len(level)
+        if not level:
+            return values
+        if left < 0:
+            break
+    raise UserError(
+        f"{name} holds more than {_MOST_VALUES:,} values, aliases counted where they stand, or "
+        f"more than {_MOST_LEVELS} levels. A recipe has some dozens: write it without aliases."
+    )
 
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
