@@ -61,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # what cannot be written shows here, and not as the process ends
         return code
     except UserError as error:
+        from tf_gptopt.training.last_words import tell
+
+        tell(str(error))
         return _fail(str(error))
     except KeyboardInterrupt:
         from tf_gptopt.training.cluster import leads

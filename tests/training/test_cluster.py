@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tf_gptopt._errors import UserError
+from tf_gptopt.training import last_words
 from tf_gptopt.training.cluster import Cluster, find_cluster, leads
 from tf_gptopt.training.launch import free_ports
 from tf_gptopt.training.meeting import meet
@@ -157,6 +158,29 @@ def test_workers_meet():
     workers = addresses(3)
     assert gather([Cluster(workers, i, "") for i in (2, 0, 1)]) == ["met"] * 3
     assert gather([Cluster(workers, i, "") for i in range(3)]) == ["met"] * 3  # ports are free
+
+
+def test_what_one_says_when_it_ends_all_hear(monkeypatch):
+    workers, lines = addresses(3), {}
+    met = last_words.Line.__init__
+
+    def keep(line, index):
+        met(line, index)
+        lines[index] = line
+
+    monkeypatch.setattr(last_words.Line, "__init__", keep)
+    assert gather([Cluster(workers, i, "") for i in (2, 0, 1)]) == ["met"] * 3
+    assert lines[0].heard(0) is None
+    time.sleep(0.2)  # the chief takes the connections in the background
+    lines[2].tell("The disk is full. " + "x" * 20_000)
+    for index in (0, 1):  # the chief, and another through the chief
+        who, sentence = lines[index].heard(10)
+        assert who == 2
+        assert sentence.startswith("The disk is full. ")
+        assert len(sentence) == 10_000
+    lines[1].tell("Worker 2 has ended")  # which is not news
+    assert lines[0].heard(0)[0] == 2
+    assert lines[2].heard(0.2) is None
 
 
 def test_a_worker_that_never_comes_is_named_to_all():

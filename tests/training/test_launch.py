@@ -4,6 +4,7 @@ happened."""
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tf_gptopt._errors import UserError
 from tf_gptopt.cli import main
 from tf_gptopt.data.corpus import Document
 from tf_gptopt.data.packing import write_dataset
-from tf_gptopt.training.launch import free_ports, launch, worker_environments
+from tf_gptopt.training.launch import _Crew, free_ports, launch, worker_environments
 
 
 def test_each_worker_gets_its_place_and_its_share_of_the_cores():
@@ -57,6 +58,74 @@ def test_one_workers_mistake_ends_all_with_its_code(capfd):
     lines = capfd.readouterr().err.splitlines()
     assert "[worker 0] tf-gptopt: error: nowhere does not exist. Check the path." in lines
     assert "ended with 2" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("first", "stop", "said", "code"),
+    [
+        ("sys.exit(143)", None, "Worker 0 was stopped by SIGTERM, and with it the others", 143),
+        ("sys.exit(2)", 1, "Worker 1 was stopped by SIGSTOP and did not answer, and with", 2),
+        ("sys.exit(2)", None, "Worker 0 ended with 2, and with it the others. Its lines", 2),
+    ],
+)
+def test_a_stopped_worker_is_called_stopped(monkeypatch, capfd, first, stop, said, code):
+    monkeypatch.setenv("TF_GPTOPT_GRACE_SECONDS", "0.2")
+    crew = _Crew()
+    with crew.signals():
+        for index, ending in enumerate((first, "time.sleep(60)")):
+            command = [sys.executable, "-c", f"import sys, time; time.sleep(0.5); {ending}"]
+            crew.start(index, command, dict(os.environ))
+        if stop is not None:
+            os.kill(crew.processes[stop].pid, signal.SIGSTOP)
+        assert crew.wait() == code
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
+@pytest.mark.parametrize("seconds", [0.0, 1.0])  # before the workers know of it, and after
+def test_a_killed_launcher_takes_its_workers_along(dataset, tmp_path, seconds):
+    job = Job(dataset, tmp_path / "out")
+    deadline = time.monotonic() + 60
+    while len(workers := job.workers()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(seconds)
+    job.process.kill()
+    job.process.communicate()
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in workers if is_alive(pid)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+
+
+def is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_what_one_worker_says_the_other_says_too(dataset, tmp_path):
+    """Its own copy of the data is damaged; the other would know only of a broken connection."""
+    shutil.copytree(dataset, tmp_path / "damaged")
+    data = bytearray((tmp_path / "damaged" / "train.bin").read_bytes())
+    data[100] ^= 1
+    (tmp_path / "damaged" / "train.bin").write_bytes(data)
+    children = []
+    for environment, folder in zip(
+        worker_environments(2, os.environ), (dataset, tmp_path / "damaged"), strict=True
+    ):
+        command = [sys.executable, "-m", "tf_gptopt", *TRAIN.split()]
+        command += ["--dataset", str(folder), "--out", str(tmp_path / "out")]
+        children.append(
+            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    errors = [child.communicate(timeout=120)[1] for child in children]
+    assert [child.returncode for child in children] == [2, 2], errors
+    sentence = f"{tmp_path}/damaged/train.bin is damaged or belongs to another dataset"
+    assert f"tf-gptopt: error: {sentence}" in errors[1]
+    assert f"tf-gptopt: error: Worker 1 has ended: {sentence}" in errors[0]
 
 
 STEPS = 120
@@ -110,13 +179,18 @@ def damage(folder):
     data.write_bytes(bytes(content))
 
 
-def test_a_cluster_goes_on_from_anything(tmp_path, tiny_tokenizer):
-    dataset = tmp_path / "dataset"
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, tiny_tokenizer):
+    dataset = tmp_path_factory.mktemp("data") / "dataset"
     texts = [f"def f{i}(x):\n    return {i} * x + {i * i}\n" * 9 for i in range(60)]
     write_dataset(
         [Document(str(i), text) for i, text in enumerate(texts)], tiny_tokenizer, dataset, 16
     )
     tiny_tokenizer.save(dataset)
+    return dataset
+
+
+def test_a_cluster_goes_on_from_anything(tmp_path, dataset):
     undisturbed = Job(dataset, tmp_path / "undisturbed")
     code, output, errors = undisturbed.end()
     assert code == 0, errors

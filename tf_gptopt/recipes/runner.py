@@ -205,7 +205,8 @@ def run_stage(
     if not workers.is_chief:
         console = Console(quiet=True)
         if workers.share(None) is None and name in TRAINING:  # not finished before
-            function(section, **inputs, out=out, seed=seed, console=console)
+            with workers.together():
+                function(section, **inputs, out=out, seed=seed, console=console)
         return workers.share(None)
     key = stage_key(name, section, inputs, seed)
     finished = finished_metrics(out, key, console)
@@ -217,7 +218,8 @@ def run_stage(
     check_stage(name, section, inputs)
     forget_other_key(out, key)
     began = time.monotonic()
-    metrics = function(section, **inputs, out=out, seed=seed, console=console)
+    with workers.together():
+        metrics = function(section, **inputs, out=out, seed=seed, console=console)
     metrics = {
         "stage": name,
         "key": key,

@@ -78,6 +78,10 @@ class Alone:
         """The sums over all workers, element by element."""
         return list(numbers)
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """A worker that goes while the others are in the block is a `UserError` of theirs."""
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
         """A `UserError` that any worker raises in the block is raised by all of them after it. What

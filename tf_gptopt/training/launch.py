@@ -3,12 +3,14 @@
 Each worker is `python -m tf_gptopt COMMAND` with its own `TF_CONFIG` (addresses on 127.0.0.1, free
 ports), its share of the cores, and its lines prefixed `[worker 0]`. The first one that fails ends
 all, and its exit code is the launcher's; Ctrl-C and SIGTERM are passed on, so that the workers
-agree on a step, write a checkpoint and end. Needs no TensorFlow.
+agree on a step, write a checkpoint and end. A launcher that is killed takes its workers along.
+Needs no TensorFlow.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -24,6 +26,9 @@ from tf_gptopt._errors import UserError
 
 GRACE = "TF_GPTOPT_GRACE_SECONDS"  # for the others to end by themselves; then they are killed
 _GRACE = 30.0
+_LAUNCHER = "TF_GPTOPT_LAUNCHER"  # its process id, for the workers
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_STOPPED = {128 + signal.SIGINT: "SIGINT", 128 + signal.SIGTERM: "SIGTERM"}
 
 
 def launch(command: Sequence[str], workers: int, threads: int | None = None) -> int:
@@ -54,6 +59,18 @@ def launch(command: Sequence[str], workers: int, threads: int | None = None) -> 
         for index, environment in enumerate(environments):
             crew.start(index, [sys.executable, "-m", "tf_gptopt", *command], environment)
         return crew.wait()
+
+
+def end_with_launcher() -> None:
+    """In a worker, first of all: be killed with the launcher, however it ends. Nothing else would
+    end it, and the next start of the command would find the folder in use. (On Linux; elsewhere it
+    trains on.)"""
+    launcher = os.environ.pop(_LAUNCHER, None)
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # it has ended already
+        sys.exit(1)
 
 
 def worker_environments(
@@ -99,7 +116,7 @@ class _Crew:
     def start(self, index: int, command: list[str], environment: dict[str, str]) -> None:
         process = subprocess.Popen(
             command,
-            env=environment,
+            env={**environment, _LAUNCHER: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -133,9 +150,10 @@ class _Crew:
     def wait(self) -> int:
         """Until all have ended; the exit code of the whole."""
         failed: tuple[int, int] | None = None
-        deadline = None
+        deadline, paused = None, None
         while any(process.poll() is None for process in self.processes):
-            failed = failed or self._failure()
+            if failed is None and (failed := self._failure()):
+                paused = self._paused()
             if deadline is None and (failed or self.asked):
                 deadline = time.monotonic() + _grace()
             if deadline is not None and time.monotonic() > deadline:
@@ -150,9 +168,13 @@ class _Crew:
             return 0
         index, code = failed
         how, advice = f"ended with {code}", "Its lines above say why."
+        goes_on = "The same command goes on from the newest checkpoint."
         if code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-            advice = "The same command goes on from the newest checkpoint."
+            how, advice = f"was killed by {signal.Signals(-code).name}", goes_on
+        if code in _STOPPED:
+            how, advice = f"was stopped by {_STOPPED[code]}", goes_on
+        if paused is not None:
+            index, how, advice = paused, "was stopped by SIGSTOP and did not answer", goes_on
         print(
             f"tf-gptopt: error: Worker {index} {how}, and with it the others. {advice}",
             file=sys.stderr,
@@ -165,6 +187,15 @@ class _Crew:
         for index, process in enumerate(self.processes):
             if process.poll():
                 return index, process.returncode
+        return None
+
+    def _paused(self) -> int | None:
+        """A worker that is there and does not run."""
+        for index, process in enumerate(self.processes):
+            with contextlib.suppress(ChildProcessError, AttributeError):  # Windows has none of it
+                flags = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+                if os.waitid(os.P_PID, process.pid, flags) is not None:
+                    return index
         return None
 
     def _pass_on(self, number: int, _: object) -> None:

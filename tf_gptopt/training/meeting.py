@@ -17,12 +17,14 @@ from typing import Any
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.training.cluster import Cluster, seconds_of
+from tf_gptopt.training.last_words import Line
 
 WAIT = "TF_GPTOPT_WAIT_SECONDS"
 
 
-def meet(cluster: Cluster, seconds: float) -> None:
-    """Return when every worker of the cluster is there, on all of them alike.
+def meet(cluster: Cluster, seconds: float) -> Line:
+    """Return when every worker of the cluster is there, on all of them alike, with the line over
+    which one that ends tells the others why.
 
     The chief listens on its own port; each worker, its port reserved, tells it who it is and waits
     for the word.
@@ -41,7 +43,7 @@ def meet(cluster: Cluster, seconds: float) -> None:
             "workers)."
         ) from None
     with listener:
-        (_gather if cluster.is_chief else _report)(cluster, listener, deadline, seconds)
+        return (_gather if cluster.is_chief else _report)(cluster, listener, deadline, seconds)
 
 
 def wait_seconds(environment: Mapping[str, str] = os.environ) -> float:
@@ -49,9 +51,9 @@ def wait_seconds(environment: Mapping[str, str] = os.environ) -> float:
     return seconds_of(environment, WAIT, 60.0)
 
 
-def _gather(cluster: Cluster, listener: socket.socket, deadline: float, seconds: float) -> None:
+def _gather(cluster: Cluster, listener: socket.socket, deadline: float, seconds: float) -> Line:
     """The chief's side of `meet`."""
-    problem = ""
+    problem, line, port = "", Line(cluster.index), 0
     with contextlib.ExitStack() as stack:
         present: dict[int, socket.socket] = {}
         while not problem and len(present) < len(cluster.workers) - 1:
@@ -77,16 +79,19 @@ def _gather(cluster: Cluster, listener: socket.socket, deadline: float, seconds:
                     "own index."
                 )
             present[index] = peer
+        if not problem:
+            port = line.listen(len(present))
         for peer in present.values():
             with contextlib.suppress(OSError):
-                _send(peer, {"problem": problem})
+                _send(peer, {"problem": problem, "port": port})
         for peer in present.values():  # they close first, so that this port is free at once
             _receive(peer, time.monotonic() + 1)
     if problem:
         raise UserError(problem)
+    return line
 
 
-def _report(cluster: Cluster, listener: socket.socket, deadline: float, seconds: float) -> None:
+def _report(cluster: Cluster, listener: socket.socket, deadline: float, seconds: float) -> Line:
     """Another worker's side of `meet`; `listener` only reserves its port."""
     host, _, port = cluster.workers[0].rpartition(":")
     while True:
@@ -114,6 +119,9 @@ def _report(cluster: Cluster, listener: socket.socket, deadline: float, seconds:
         )
     if answer["problem"]:
         raise UserError(answer["problem"])
+    line = Line(cluster.index)
+    line.connect(host.strip("[]"), answer["port"])
+    return line
 
 
 def _send(peer: socket.socket, message: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError, suggest
 from tf_gptopt.training.cluster import Cluster, find_cluster
+from tf_gptopt.training.last_words import open_line
 from tf_gptopt.training.meeting import meet, wait_seconds
 
 STRATEGIES = ("auto", "default", "mirrored", "multi_worker", "tpu")
@@ -116,7 +117,7 @@ def _join(cluster: Cluster) -> tf.distribute.Strategy:
     gpus = _count("GPU")
     wait = wait_seconds()
     if len(cluster.workers) > 1:
-        meet(cluster, wait)
+        open_line(meet(cluster, wait))
     communication = tf.distribute.experimental.CommunicationImplementation
     options = tf.distribute.experimental.CommunicationOptions(
         # bytes a worker and step: 2 (N - 1) / N of the gradients', whatever N

@@ -27,6 +27,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.training.cluster import Alone, seconds_of
+from tf_gptopt.training.last_words import heard, tell
 
 STALL = "TF_GPTOPT_STALL_SECONDS"
 
@@ -105,6 +106,9 @@ class Workers(Alone):
         with together(self):
             return self._total(tf.constant(np.asarray(numbers, np.int64))).numpy().tolist()
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return together(self)
+
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
         problem = ""
@@ -119,7 +123,8 @@ class Workers(Alone):
 
 @contextlib.contextmanager
 def together(workers: Alone, seconds: float | None = None) -> Iterator[None]:
-    """Turns what a collective raises when a worker has gone into a `UserError` that names it.
+    """Turns what a collective raises when a worker has gone into a `UserError` that names it, and
+    that repeats what it has said, if it said something (`last_words.py`).
 
     Args:
         workers: alone, nothing is turned.
@@ -132,6 +137,9 @@ def together(workers: Alone, seconds: float | None = None) -> Iterator[None]:
     try:
         with watching:
             yield
+    except UserError as error:  # of this worker alone, such as a full disk
+        tell(str(error))
+        raise
     except tf.errors.OpError as error:
         ours = isinstance(error, tf.errors.UnavailableError) or _ABORTED.search(error.message)
         if not ours:
@@ -143,6 +151,8 @@ def together(workers: Alone, seconds: float | None = None) -> Iterator[None]:
                 f"lives. Look into the workers' logs (or raise {STALL}, if steps take that long) "
                 "and start all workers again: they go on from the newest checkpoint."
             ) from None
+        if told := heard():
+            raise UserError(f"Worker {told[0]} has ended: {told[1]}") from None
         who = _missing(workers, str(error))
         raise UserError(
             f"{who} ended or cannot be reached any more. Its log says why. Start all workers "
