@@ -225,7 +225,9 @@ class Tokenizer:
         backend = self._splitting if split_special_tokens else self._backend
         try:
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # its panics are no Exceptions
             raise UserError(
                 f"The text cannot be tokenized ({error}). The tokenizer may lack characters of the "
                 "text, or the text may hold half of a surrogate pair."

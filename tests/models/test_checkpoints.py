@@ -585,6 +585,21 @@ def test_a_lost_tokenizer_is_not_replaced(
         Tokenizer.load(tmp_path / "m")
 
 
+def test_values_of_a_foreign_config_that_cannot_be(
+    tiny_model: Build, tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    save_checkpoint(tiny_model(vocab_size=300), tmp_path, "huggingface", tiny_tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name, value in (("layer_norm_epsilon", [1]), ("resid_pdrop", "x"), ("n_head", 2.0)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
+        with pytest.raises(UserError, match="must be"):
+            load_checkpoint(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    for value in (["x"], -1, 10**12, 299.0):  # no token: as if nothing had been said
+        (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": value}))
+        assert load_checkpoint(tmp_path).tokenizer.eot_token == "<|endoftext|>"
+
+
 @pytest.mark.parametrize("kind", ["tf_gptopt", "huggingface"])
 @pytest.mark.parametrize("size", [4000, 10**9, 10**30])
 def test_sizes_are_held_against_the_weights_before_anything_is_built(

@@ -159,7 +159,8 @@ def _gpt_config(config: dict[str, Any]) -> GPTConfig:
     lacking += [] if config.get("vocab_size") is not None else ["vocab_size"]
     if lacking:
         raise UserError(f"config.json lacks {', '.join(lacking)}. Restore the original file.")
-    if values["n_embd"] % values["n_head"]:
+    sizes = values["n_embd"], values["n_head"]
+    if all(isinstance(n, int) and n > 0 for n in sizes) and sizes[0] % sizes[1]:
         raise UserError(
             "n_head must divide n_embd in GPT-2. Received: "
             f"n_head={values['n_head']}, n_embd={values['n_embd']}. Restore the original file."
@@ -177,7 +178,7 @@ def _gpt_config(config: dict[str, Any]) -> GPTConfig:
         dropout=dropout,
         embedding_dropout=embedding_dropout,
         attention_dropout=attention_dropout,
-        layer_norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
+        layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
         activation=_ACTIVATIONS[activation],
     )
 

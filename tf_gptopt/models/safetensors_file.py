@@ -42,7 +42,7 @@ def read_with_digest(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], st
             tiny = [name for name, kind in kinds.items() if kind.startswith(("F8", "F6", "F4"))]
             tensors = {} if tiny else {name: file.get_tensor(name) for name in kinds}
             digest = (file.metadata() or {}).get(SEAL)
-    except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is damaged or not a safetensors file ({error}). "
             "Copy or download it again, or save the model again."
