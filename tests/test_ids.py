@@ -58,7 +58,7 @@ def _row(values: Any) -> Any:
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[Any], Any]]:
     """Public functions, each from one sequence of ids."""
-    from tf_gptopt.compression.calibration import calibration_ids
+    from tf_gptopt.compression.calibration_text import calibration_ids
     from tf_gptopt.compression.quantization.config import QuantConfig
     from tf_gptopt.compression.quantization.ptq import quantize
     from tf_gptopt.evaluation.quality import measure_quality

@@ -35,7 +35,7 @@ _PUBLIC = {
     "training.parallel.mesh": ["Mesh"],
     "training.parallel.tensor": ["shard", "unshard"],
     "training.parallel.pipeline": ["pipeline", "unpipeline"],
-    "compression.calibration": ["calibration_ids"],
+    "compression.calibration_text": ["calibration_ids"],
     "compression.pruning.config": ["PruneConfig"],
     "compression.pruning.callbacks": ["pruning_callbacks"],
     "compression.pruning.pruner": ["prune", "sparsity", "strip_pruning"],

@@ -1,7 +1,7 @@
 from tf_gptopt._errors import UserError as UserError
 from tf_gptopt._tokenizer import Tokenizer as Tokenizer
 from tf_gptopt._version import __version__ as __version__
-from tf_gptopt.compression.calibration import calibration_ids as calibration_ids
+from tf_gptopt.compression.calibration_text import calibration_ids as calibration_ids
 from tf_gptopt.compression.distillation.cache import CachedTeacher as CachedTeacher
 from tf_gptopt.compression.distillation.cache_writer import cache_logits as cache_logits
 from tf_gptopt.compression.distillation.config import DistillConfig as DistillConfig

@@ -15,12 +15,8 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
-from tf_gptopt.compression.calibration import (
-    calibration_ids,
-    check_ids,
-    stream_inputs,
-    walk_blocks,
-)
+from tf_gptopt.compression.calibration import stream_inputs, walk_blocks
+from tf_gptopt.compression.calibration_text import calibration_ids, check_ids
 from tf_gptopt.compression.pruning.config import PruneConfig
 from tf_gptopt.compression.pruning.pruner import prune
 from tf_gptopt.data.corpus import Document

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
-from tf_gptopt.compression.calibration import calibration_ids
+from tf_gptopt.compression.calibration_text import calibration_ids
 from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
 from tf_gptopt.compression.pruning.config import PruneConfig
 from tf_gptopt.compression.pruning.pruner import prune

@@ -44,6 +44,22 @@ def test_loss_is_the_mean_cross_entropy(model, batches):
     np.testing.assert_array_equal(quality.top1, top1)
 
 
+def test_labels_that_do_not_count_are_left_out(model, batches):
+    keep = np.random.default_rng(1).random((3, 2, 12)) < 0.5
+    padded = [(x, np.where(k, y, -100)) for (x, y), k in zip(batches, keep, strict=True)]
+    quality, whole = measure_quality(model, padded, model), measure_quality(model, batches)
+    logits = np.concatenate([model(x).numpy()[k] for (x, _), k in zip(batches, keep, strict=True)])
+    labels = np.concatenate([y[k] for (_, y), k in zip(batches, keep, strict=True)])
+    log_z = np.log(np.exp(logits).sum(-1))
+    want = np.mean(log_z - np.take_along_axis(logits, labels[:, None], 1)[:, 0])
+    assert quality.loss == pytest.approx(want, rel=1e-5)
+    assert quality.kl == pytest.approx(0, abs=1e-6)
+    assert quality.tokens == keep.sum()
+    np.testing.assert_array_equal(quality.top1, whole.top1[keep.ravel()])
+    with pytest.raises(UserError, match="no label counts"):
+        measure_quality(model, [(x, np.full_like(y, -1)) for x, y in batches])
+
+
 def test_a_tflite_file_is_scored_alike(model, batches, tmp_path):
     from tf_gptopt.compression.quantization.config import QuantConfig
     from tf_gptopt.tflite.convert import export_tflite

@@ -27,7 +27,7 @@ class Quality:
     Args:
         loss: mean cross-entropy, nats per token.
         tokens: how many tokens were predicted.
-        top1: the most likely next token at every position, in order, int32 `(tokens,)`.
+        top1: the most likely next token at every labelled position, in order, int32 `(tokens,)`.
         kl: mean KL(reference || model) of the next token's distribution, nats, where there was a
             reference.
     """
@@ -59,7 +59,7 @@ def measure_quality(
 ) -> Quality:
     """Score a Keras model or a .tflite file on batches of `(inputs, labels)`, (batch, time) int32.
 
-    The losses are computed from float32 logits.
+    The losses are computed from float32 logits. Negative labels do not count.
 
     Args:
         reference: a model whose distribution of the next token is compared with (`Quality.kl`), or
@@ -85,11 +85,11 @@ def measure_quality(
             sums, predictions = _judge(tf.constant(labels[rows], tf.int32), logits, *rest)
             total += float(sums[0])
             divergence += float(sums[-1])
-            top1.append(predictions.numpy().ravel())
-    if not top1:
-        raise UserError("There is nothing to evaluate on: the validation split gave no batch.")
-    predictions = np.concatenate(top1)
+            top1.append(predictions.numpy()[labels[rows] >= 0])
+    predictions = np.concatenate([np.empty(0, np.int32), *top1])
     tokens = len(predictions)
+    if not tokens:
+        raise UserError("There is nothing to evaluate on: there is no batch, or no label counts.")
     kl = None if reference is None else divergence / tokens
     return Quality(total / tokens, tokens, predictions, kl)
 
@@ -130,10 +130,11 @@ def _judge(
     labels: tf.Tensor, logits: tf.Tensor, reference: tf.Tensor | None = None
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Sums of the losses and of the divergences, float64 `(2,)`; the likeliest tokens."""
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    counts = tf.cast(labels >= 0, tf.float32)
+    losses = counts * tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
     sums = [tf.reduce_sum(tf.cast(losses, tf.float64)), tf.zeros((), tf.float64)]
     if reference is not None:
         log_p, log_q = tf.nn.log_softmax(reference), tf.nn.log_softmax(logits)
-        kl = tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), -1)  # (batch, time)
+        kl = counts * tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), -1)  # (batch, time)
         sums[1] = tf.reduce_sum(tf.cast(kl, tf.float64))
     return tf.stack(sums), tf.argmax(logits, -1, output_type=tf.int32)

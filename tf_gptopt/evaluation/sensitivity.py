@@ -28,7 +28,8 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError, suggest
 from tf_gptopt._files import read_json, write_json
-from tf_gptopt.compression.calibration import Progress, calibration_ids, check_ids
+from tf_gptopt.compression.calibration import Progress
+from tf_gptopt.compression.calibration_text import calibration_ids, check_ids
 from tf_gptopt.compression.pruning.config import CALIBRATED, PruneConfig
 from tf_gptopt.compression.pruning.pruner import prune, strip_pruning
 from tf_gptopt.compression.quantization.config import LAYER_WEIGHTS, QuantConfig

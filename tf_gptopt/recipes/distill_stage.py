@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tf_gptopt._files import read_json, write_json
 from tf_gptopt._keras import keras
-from tf_gptopt.compression.calibration import calibration_ids
+from tf_gptopt.compression.calibration_text import calibration_ids
 from tf_gptopt.compression.distillation.cache import CachedTeacher
 from tf_gptopt.compression.distillation.cache_writer import cache_logits
 from tf_gptopt.compression.distillation.distiller import Distiller

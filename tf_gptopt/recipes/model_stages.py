@@ -16,7 +16,7 @@ import numpy as np
 
 from tf_gptopt._files import write_json
 from tf_gptopt._folder import changing
-from tf_gptopt.compression.calibration import calibration_ids
+from tf_gptopt.compression.calibration_text import calibration_ids
 from tf_gptopt.compression.pruning import pruner
 from tf_gptopt.compression.pruning.callbacks import pruning_callbacks
 from tf_gptopt.compression.pruning.config import CALIBRATED

@@ -107,7 +107,7 @@ def _read_tokens(model: Any, paths: list[Path], tokens: int, looks: bool) -> tup
     a dataset's two splits, or texts from their beginning, and what follows in them."""
     import numpy as np
 
-    from tf_gptopt.compression.calibration import EXAMPLES, calibration_ids
+    from tf_gptopt.compression.calibration_text import EXAMPLES, calibration_ids
     from tf_gptopt.data.corpus import load_corpus
     from tf_gptopt.recipes.stage_parts import matching_dataset
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
-from tf_gptopt.compression.calibration import calibration_ids
+from tf_gptopt.compression.calibration_text import calibration_ids
 from tf_gptopt.compression.pruning.pruner import count_parameters
 from tf_gptopt.data.dataset import TokenDataset
 from tf_gptopt.models.checkpoints import save_model

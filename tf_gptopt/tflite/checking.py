@@ -131,9 +131,10 @@ def sample_ids(
     """
     count = min(POSITIONS, config.max_sequence_length)
     if text is not None:
-        from tf_gptopt.compression.calibration import calibration_ids
+        from tf_gptopt.compression.calibration_text import calibration_ids
 
-        return calibration_ids(text, POSITIONS).reshape(-1)[:count], "given"
+        ids = calibration_ids(text, POSITIONS)
+        return ids[ids >= 0][:count], "given"  # negative ones are padding
     if tokenizer is not None:
         ids = np.asarray(tokenizer.encode(_PROSE)).reshape(-1)
         # a tokenizer for something else knows next to nothing of it

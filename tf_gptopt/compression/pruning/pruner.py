@@ -11,7 +11,8 @@ import numpy as np
 from tf_gptopt._errors import UserError, suggest
 from tf_gptopt._keras import keras
 from tf_gptopt.compression.agreement import agree
-from tf_gptopt.compression.calibration import Progress, calibration_ids
+from tf_gptopt.compression.calibration import Progress
+from tf_gptopt.compression.calibration_text import calibration_ids
 from tf_gptopt.compression.pruning.adaptive import AdaptiveState
 from tf_gptopt.compression.pruning.allocation import allocate
 from tf_gptopt.compression.pruning.config import CALIBRATED, PruneConfig

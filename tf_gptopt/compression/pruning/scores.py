@@ -30,7 +30,8 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.compression.agreement import agree
-from tf_gptopt.compression.calibration import Progress, check_ids
+from tf_gptopt.compression.calibration import Progress
+from tf_gptopt.compression.calibration_text import check_ids
 from tf_gptopt.compression.pruning.wanda import input_norms
 from tf_gptopt.models.fused import cross_entropy
 from tf_gptopt.models.gpt import GPTModel

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.compression.agreement import agree
-from tf_gptopt.compression.calibration import check_ids, next_token_pairs
+from tf_gptopt.compression.calibration_text import check_ids, next_token_pairs
 from tf_gptopt.compression.pruning.scores import batches_of, label_loss
 from tf_gptopt.models.gpt import GPTModel
 

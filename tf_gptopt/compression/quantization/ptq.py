@@ -21,7 +21,8 @@ import numpy as np
 
 from tf_gptopt._errors import UserError
 from tf_gptopt.compression.agreement import agree
-from tf_gptopt.compression.calibration import Progress, calibration_ids, check_ids
+from tf_gptopt.compression.calibration import Progress
+from tf_gptopt.compression.calibration_text import calibration_ids, check_ids
 from tf_gptopt.compression.quantization.config import QuantConfig
 from tf_gptopt.compression.quantization.copying import plain_copy
 from tf_gptopt.compression.quantization.gptq import quantize_blocks, quantize_table, solves_table

@@ -25,7 +25,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError
 from tf_gptopt._keras import keras
-from tf_gptopt.compression.calibration import calibration_ids, check_ids
+from tf_gptopt.compression.calibration_text import calibration_ids, check_ids
 from tf_gptopt.compression.quantization.aware_state import (
     activation_ranges,
     calibrate,

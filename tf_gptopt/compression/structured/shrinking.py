@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from tf_gptopt._errors import UserError
-from tf_gptopt.compression.calibration import Progress, calibration_ids, check_ids
+from tf_gptopt.compression.calibration import Progress
+from tf_gptopt.compression.calibration_text import calibration_ids, check_ids
 from tf_gptopt.compression.pruning.pruner import strip_pruning
 from tf_gptopt.compression.structured.budget import spend
 from tf_gptopt.compression.structured.config import ShrinkConfig
