@@ -155,6 +155,13 @@ def test_the_table_on_the_command_line(file, tmp_path, capsys):
         assert part in out
     assert "EMBEDDING_LOOKUP" in out
     assert "stored twice │ nothing" in out
+    run = tmp_path / "run"
+    (run / "export").mkdir(parents=True)
+    (run / "recipe.json").write_text("{}")
+    (run / "export" / "model.tflite").write_bytes((tmp_path / "model.tflite").read_bytes())
+    assert cli.main(["inspect", "--model", str(run)]) == 0  # a run stands for its file
+    assert "int8 dynamic" in capsys.readouterr().out
+    assert cli.main(["inspect"]) == 2
 
 
 def test_a_wrong_checksum_is_shown_and_wrong_files_are_errors(file, tmp_path, capsys):

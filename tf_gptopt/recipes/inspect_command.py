@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from tf_gptopt._errors import UserError
 from tf_gptopt._options import Options
 from tf_gptopt.evaluation.report import human_bytes
 from tf_gptopt.recipes.console import Console
+from tf_gptopt.recipes.places import speaking_place
 from tf_gptopt.tflite.inspecting import Inspection, Signature, inspect_tflite
 
 _NUMBERS = ("operations", "XNNPACK")
@@ -19,10 +20,13 @@ _NUMBERS = ("operations", "XNNPACK")
 
 def inspect_command(options: Options, argv: list[str]) -> int:
     """Parse, look, print."""
-    options.add("file", help="a .tflite file, or a folder with model.tflite in it")
+    options.add("file", nargs="?", default=None, metavar="MODEL", help="--model, without its name")
+    options.add("--model", default=None, help="a .tflite file, or a folder or run with one in it")
     options.add("--json", action="store_true", help="print JSON instead of tables")
     given, _ = options.parse(argv)
-    path = Path(given.file)
+    if (given.file is None) == (given.model is None):
+        raise UserError("Name one model: tf-gptopt inspect FILE.")
+    path = speaking_place(given.file or given.model)
     found = inspect_tflite(path / "model.tflite" if path.is_dir() else path)
     if given.json:
         print(json.dumps(found.to_dict(), indent=2))
