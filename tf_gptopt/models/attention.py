@@ -14,12 +14,13 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+from tf_gptopt.models.custom_gradients import custom_gradient
 from tf_gptopt.models.fused import xla
 
 BLOCK = 128  # queries; smaller products run slower on a CPU than the scores they leave out
 
 
-@tf.custom_gradient
+@custom_gradient
 def blockwise_attention(
     q: tf.Tensor, k: tf.Tensor, v: tf.Tensor
 ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]]:

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gptopt._keras import keras
+from tf_gptopt.models.custom_gradients import custom_gradient
 
 _GELU = float(np.sqrt(2 / np.pi))
 _CUBIC = 0.044715
@@ -28,7 +29,7 @@ def xla(function: Callable) -> Callable:
     return tf.function(function, jit_compile=jit or None, autograph=False)
 
 
-@tf.custom_gradient
+@custom_gradient
 def gelu(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:
     """GPT-2's `gelu_new`: x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) / 2."""
     return _gelu(x), lambda upstream: _gelu_gradient(x, upstream)
@@ -49,7 +50,7 @@ def _gelu_gradient(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.cast(upstream, tf.float32) * slope, x.dtype)
 
 
-@tf.custom_gradient
+@custom_gradient
 def exact_gelu(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:
     """x * (1 + erf(x / sqrt(2))) / 2."""
     return _exact_gelu(x), lambda upstream: _exact_gelu_gradient(x, upstream)
@@ -80,7 +81,7 @@ def _gelu_tanh(x: tf.Tensor) -> tf.Tensor:
 def layer_norm(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:
     """(x - mean) / sqrt(variance + epsilon) * gamma + beta over the last axis (Ba et al. 2016)."""
 
-    @tf.custom_gradient
+    @custom_gradient
     def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Callable]:
         y, mean, scale = _layer_norm(x, gamma, beta, epsilon)
         return y, lambda upstream: _layer_norm_gradient(x, gamma, mean, scale, upstream)
@@ -139,7 +140,7 @@ def cross_entropy(logits: tf.Tensor, labels: tf.Tensor, form: CrossEntropy = PLA
     NaN.
     """
 
-    @tf.custom_gradient
+    @custom_gradient
     def of(logits: tf.Tensor) -> tuple[tf.Tensor, Callable]:
         probabilities = tf.nn.softmax(tf.cast(logits, tf.float32))
         losses, log_z = cross_entropy_of(logits, probabilities, labels, form)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tf_gptopt.models.custom_gradients import custom_gradient
 from tf_gptopt.models.fused import PLAIN, CrossEntropy, cross_entropy_gradient, cross_entropy_of
 
 CHUNK = 1 << 24  # logits: 64 MB
@@ -66,7 +67,7 @@ def linear_cross_entropy(
     labels, weights = tf.reshape(labels, [-1]), tf.reshape(weights, [-1])
     labels, weights = split(tf.where(weights == 0, 0, labels)), split(weights)
 
-    @tf.custom_gradient
+    @custom_gradient
     def loss_of(rows: tf.Tensor, table: tf.Tensor) -> tuple[tf.Tensor, Any]:
         pieces = split(rows)
 

@@ -256,7 +256,7 @@ class AccumulatingOptimizer(keras.optimizers.Optimizer):
             squares = tf.zeros([])
             if measure:
                 squares = self._square_of_parts(gradients, reduced) * count * tf.square(share)
-            if not reduced:
+            if not reduced and strategy.num_replicas_in_sync > 1:
                 pairs = self.aggregate_gradients(zip(gradients, variables, strict=True))
                 gradients = [gradient for gradient, _ in pairs]
             norm = tf.linalg.global_norm(gradients)

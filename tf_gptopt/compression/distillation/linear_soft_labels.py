@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from tf_gptopt.compression.distillation.losses import SoftLabels
 from tf_gptopt.compression.distillation.soft_labels import Logits, Target, TopK, loss_and_gradient
+from tf_gptopt.models.custom_gradients import custom_gradient
 from tf_gptopt.models.fused import (
     PLAIN,
     CrossEntropy,
@@ -81,7 +82,7 @@ def linear_soft_labels(
             shares,
         )
 
-    @tf.custom_gradient
+    @custom_gradient
     def loss_of(student_rows: tf.Tensor, table: tf.Tensor) -> tuple[tuple[tf.Tensor, ...], Any]:
         pieces = split(student_rows)
 

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_gptopt.compression.distillation.losses import SoftLabels
+from tf_gptopt.models.custom_gradients import custom_gradient
 from tf_gptopt.models.fused import xla
 
 _LEAST = 1e-30  # of a probability whose logarithm is taken
@@ -73,7 +74,7 @@ def distillation_loss(
     student_logits = tf.cast(student_logits, tf.float32)
     vocab, shape = student_logits.shape[-1], tf.shape(student_logits)
 
-    @tf.custom_gradient
+    @custom_gradient
     def loss_of_student(logits: tf.Tensor) -> tuple[tf.Tensor, Any]:
         rows = tf.reshape(logits, [-1, vocab])
         losses, gradient = loss_and_gradient(soft, target_rows(teacher), rows)

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tf_gptopt.compression.quantization.fake_quantize import run_compiled
 from tf_gptopt.compression.quantization.grids import SMALLEST
+from tf_gptopt.models.custom_gradients import custom_gradient
 from tf_gptopt.models.fused import xla
 
 MOMENTUM = 0.99  # of ranges that follow training
@@ -28,7 +29,7 @@ def fake_quantize_static(x: tf.Tensor, known: tf.Tensor, symmetric: bool) -> tf.
     """
     scale, zero_point = activation_scale(known, symmetric)
 
-    @tf.custom_gradient
+    @custom_gradient
     def on_grid(x: tf.Tensor) -> Any:
         y = run_compiled(_static, x, scale, zero_point, symmetric)
         return y, lambda upstream: run_compiled(
@@ -73,7 +74,7 @@ def fake_quantize_rows(x: tf.Tensor) -> tf.Tensor:
         x: `(..., head_dim)`, keys or values; computed in float32, returned in its own dtype.
     """
 
-    @tf.custom_gradient
+    @custom_gradient
     def on_grid(x: tf.Tensor) -> Any:
         return run_compiled(_rows, x), lambda upstream: upstream
 

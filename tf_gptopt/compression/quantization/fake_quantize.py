@@ -28,6 +28,7 @@ from tf_gptopt.compression.quantization.grids import (
     find_scales,
     grouped_view,
 )
+from tf_gptopt.models.custom_gradients import custom_gradient
 from tf_gptopt.models.fused import xla
 
 _LARGEST_HALF = 65504.0
@@ -107,7 +108,7 @@ def fake_quantize(
         mask: bool, of the weights' shape: where it is False result and gradient are zero.
     """
 
-    @tf.custom_gradient
+    @custom_gradient
     def on_grid(weights: tf.Tensor, clip: tf.Tensor) -> Any:
         values, scales = run_compiled(_forward, weights, bits, clip, reach, mask, layout)
 

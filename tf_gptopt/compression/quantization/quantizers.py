@@ -18,6 +18,7 @@ from tf_gptopt.compression.quantization.activations import (
     follow,
 )
 from tf_gptopt.compression.quantization.fake_quantize import Layout, fake_quantize, start_ranges
+from tf_gptopt.models.custom_gradients import custom_gradient
 
 register = keras.utils.register_keras_serializable(package="tf_gptopt")
 Quantizer = tfmot.quantization.keras.quantizers.Quantizer
@@ -122,7 +123,7 @@ class HalfQuantizer(FloatQuantizer):
     """Rounds a weight to float16, which is how the file holds it."""
 
     def __call__(self, inputs: Any, training: Any, weights: State, **kwargs: Any) -> tf.Tensor:
-        @tf.custom_gradient
+        @custom_gradient
         def rounded(x: tf.Tensor) -> Any:
             return tf.cast(tf.cast(x, tf.float16), tf.float32), lambda upstream: upstream
 

@@ -25,6 +25,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_gptopt.models.custom_gradients import custom_gradient
+
 
 def on(device: str, function: Callable[..., Any], *inputs: tf.Tensor) -> Any:
     """`function(*inputs)` on `device`, and its gradient there too.
@@ -36,7 +38,7 @@ def on(device: str, function: Callable[..., Any], *inputs: tf.Tensor) -> Any:
         inputs: tensors, on whichever device.
     """
 
-    @tf.custom_gradient
+    @custom_gradient
     def run(*inputs: tf.Tensor) -> tuple[Any, Callable]:
         with tf.GradientTape() as tape:
             tape.watch(inputs)
@@ -77,7 +79,7 @@ def broadcast(value: tf.Tensor, home: str, count: int) -> list[tf.Tensor]:
     if count == 1:
         return [value]
 
-    @tf.custom_gradient
+    @custom_gradient
     def run(value: tf.Tensor) -> tuple[tuple[tf.Tensor, ...], Callable]:
         def gradient(*upstream: tf.Tensor) -> tf.Tensor:
             with tf.device(home):

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import tensorflow as tf
 
+from tf_gptopt.models.custom_gradients import custom_gradient
 from tf_gptopt.models.fused import xla
 from tf_gptopt.training.parallel.collectives import on, on_each
 
@@ -52,7 +53,7 @@ def _sum_and_pick(
     its label `own`, 0 where another share has it."""
     top = tf.reduce_max(tf.stack(largest), 0)
 
-    @tf.custom_gradient
+    @custom_gradient
     def run(share: tf.Tensor) -> tuple[tuple[tf.Tensor, tf.Tensor], Callable]:
         sums = tf.reduce_sum(tf.exp(share - top[:, None]), -1)
         last = share.shape[-1] - 1
