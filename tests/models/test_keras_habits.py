@@ -221,6 +221,14 @@ def test_what_fit_is_given_wrong_is_named(
         model.fit(*data, verbose=0)
 
 
+@pytest.mark.parametrize("labels", [Y[:, :-1], np.eye(VOCABULARY)[Y]], ids=["short", "one-hot"])
+def test_a_distillation_names_wrong_labels_as_well(model: GPTModel, labels: Any) -> None:
+    distiller = Distiller(small(seed=1), model)
+    distiller.compile("sgd", NextTokenLoss())
+    with pytest.raises(UserError, match=r"^(There is a label for each token|Labels are token ids)"):
+        distiller.fit(X, labels, verbose=0)
+
+
 def test_ids_under_a_loss_for_one_hot_labels_are_named(model: GPTModel) -> None:
     model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
     with pytest.raises(UserError, match=r"takes one-hot labels.*NextTokenLoss"):

@@ -86,13 +86,14 @@ def check_ids(inputs: Any) -> None:
             )
 
 
-def check_labels(labels: Any, logits: Any, loss: Any) -> None:
-    """Labels of a loss over token ids, `(batch, time)`, where their shape is known beforehand.
+def check_label_shape(labels: Any, of_logits: tf.TensorShape, loss: Any) -> None:
+    """Labels of a loss over token ids, `(batch, time)`, where their shape is known beforehand, and
+    that of the logits, `(batch, time, vocab_size)`.
 
     Raises:
         UserError: when there is not one for each token.
     """
-    if not tf.is_tensor(labels) or not tf.is_tensor(logits):
+    if not tf.is_tensor(labels):
         return
     if isinstance(loss, keras.losses.CategoricalCrossentropy) and labels.shape.rank == 2:
         raise UserError(
@@ -107,9 +108,9 @@ def check_labels(labels: Any, logits: Any, loss: Any) -> None:
             "Labels are token ids, and these are strings. Encode the texts with a tokenizer; the "
             "labels are the inputs shifted by one: inputs = ids[:, :-1], labels = ids[:, 1:]."
         )
-    if labels.shape.rank is None or logits.shape.rank != 3:
+    if labels.shape.rank is None or of_logits.rank != 3:
         return
-    shape, (batch, time, vocab_size) = _readable(labels.shape), logits.shape
+    shape, (batch, time, vocab_size) = _readable(labels.shape), of_logits
     if labels.shape.rank == 3 and labels.shape[-1] == vocab_size != 1:
         raise UserError(
             f"Labels are token ids, (batch, time), and these are one-hot. Received: shape {shape}. "

@@ -8,12 +8,13 @@ import warnings
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from tf_gptopt._errors import UserError, known_arguments
 from tf_gptopt._keras import keras, refuse_hdf5, tell_keras3
 from tf_gptopt.models.compile_checks import compile_arguments
 from tf_gptopt.models.config import GPTConfig, PerBlock, preset
-from tf_gptopt.models.fit_checks import CheckedFit, check_ids, check_labels
+from tf_gptopt.models.fit_checks import CheckedFit, check_ids, check_label_shape
 from tf_gptopt.models.graph_errors import ReadableErrors
 from tf_gptopt.models.layers import (
     CausalSelfAttention,
@@ -225,7 +226,8 @@ class GPTModel(CheckedFit, ReadableErrors, keras.Model):
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None
     ) -> Any:
-        check_labels(y, y_pred, self.loss)
+        if tf.is_tensor(y_pred):
+            check_label_shape(y, y_pred.shape, self.loss)
         return super().compute_loss(x, y, y_pred, sample_weight)
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:

@@ -22,7 +22,7 @@ from tf_gptopt.compression.distillation.teachers import (
     teacher_shares,
 )
 from tf_gptopt.models.compile_checks import compile_arguments
-from tf_gptopt.models.fit_checks import CheckedFit
+from tf_gptopt.models.fit_checks import CheckedFit, check_label_shape
 from tf_gptopt.models.fused import CrossEntropy
 from tf_gptopt.models.gpt import GPTModel, is_wrapped, require_gpt
 from tf_gptopt.models.graph_errors import ReadableErrors
@@ -164,6 +164,7 @@ class Distiller(CheckedFit, ReadableErrors, keras.Model):
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None
     ) -> tf.Tensor:
         """The weighted sum of all losses; Keras' train and test steps do the rest."""
+        check_label_shape(y, y_pred.shape, self.loss)
         if self.alpha == 0:
             return super().compute_loss(x, y, y_pred, sample_weight)
         lesson = self._lesson

@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from tf_gptopt._errors import UserError, suggest
 from tf_gptopt._keras import keras
+from tf_gptopt.models.fit_checks import check_label_shape
 from tf_gptopt.models.gpt import GPTModel, is_wrapped, require_gpt, wrap_graph
 from tf_gptopt.models.recompute import cut, recomputed
 from tf_gptopt.models.token_means import count, weigh
@@ -126,6 +127,7 @@ class PipelinedGPT(GPTModel):
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        check_label_shape(y, tf.TensorShape([*x.shape, self.config.vocab_size]), self.loss)
         loss, gradients = self.loss_and_gradients(x, y, sample_weight)
         counted = count(self.loss, y)
         weigh(self.optimizer, counted)
