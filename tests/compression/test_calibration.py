@@ -121,7 +121,7 @@ def test_ids_must_be_the_models(tiny_model: Callable) -> None:
     model = tiny_model()
     for ids, message in (
         ([[0, 61]], "0 to 60"),
-        ([[-1, 3]], "tokenizer"),
+        ([[-1, -1], [0, 3]], "no token"),
         (np.zeros((2, 33), int), "length=32"),
         (np.zeros((0, 4), int), "no calibration text"),
     ):

@@ -274,9 +274,9 @@ def test_bad_training_input() -> None:
 
 def test_bad_ids_and_texts(tokenizer: Tokenizer) -> None:
     for bad in (-1, 1.5, True, "5", np.float32(5), None):
-        with pytest.raises(UserError, match="Token ids are integers of 0 or more"):
+        with pytest.raises(UserError, match="a list of integers of 0 or more"):
             tokenizer.decode([5, bad])
-    with pytest.raises(UserError, match="Token ids are integers of 0 or more"):
+    with pytest.raises(UserError, match="a list of integers of 0 or more"):
         tokenizer.decode(np.array([5.0]))
     with pytest.raises(UserError, match="surrogate"):
         tokenizer.encode("a\ud800b")

@@ -129,7 +129,8 @@ def test_stop_strings_as_a_shell_hands_them_over(asked):
         ("evaluate.prompt=ROMEO:", "ROMEO:"),
         ("evaluate.prompt=[x", "[x"),
         ("evaluate.prompt=12", "12"),
-        ("evaluate.prompt=null", "null"),
+        ("evaluate.prompt=null", None),  # text of the validation split
+        ("name=null", "null"),
         ("evaluate.prompt=a # b: c", "a # b: c"),
         ("evaluate.prompt='Once '", "Once "),
         ('evaluate.prompt="a\\nb"', "a\nb"),

@@ -124,7 +124,7 @@ def test_other_text_leaves_a_finished_run_alone(done, recipe, texts, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"train.model.embedding_dim": 97}, "train: num_heads must divide embedding_dim"),
+        ({"train.model.num_heads": 500}, "train: A head is embedding_dim // num_heads wide"),
         ({"tokenizer.vocab_size": 200}, "vocab_size must be at least 257"),
         ({"dataset.sequence_length": 0}, "sequence_length must be at least 1"),
         ({"dataset.valid_fraction": 1.5}, "valid_fraction"),
@@ -135,7 +135,7 @@ def test_other_text_leaves_a_finished_run_alone(done, recipe, texts, tmp_path):
         ({"distill.layers": 5}, "distill: The model has 4 blocks"),
         ({"distill.layers": 0}, "layers must be at least 1"),
         ({"distill.student.embedding_dim": 200}, "distill: The model is 192 wide"),
-        ({"distill.student.num_heads": 7}, "distill: A block has at most 6 of num_heads"),
+        ({"distill.student.num_heads": 7}, "distill: Block 0 has 6 of num_heads"),
         ({"distill.student.layers": [0, 4]}, "distill: .*between 0 and 3"),
         ({"distill.teachers": ["nowhere"]}, "distill: nowhere does not exist"),
         ({"draft.layers": 3}, "draft: The model has 2 blocks"),
@@ -164,11 +164,11 @@ def test_good_recipes_pass():
 def test_a_mistaken_value_destroys_no_stage(done):
     """The command of one stage, over a folder that holds its finished work."""
     before = contents(done)
-    wide = TrainSection(ModelSection(17, 1, 2), TrainConfig(steps=3, batch_size=2))
+    wide = TrainSection(ModelSection(16, 1, 17), TrainConfig(steps=3, batch_size=2))
     longer = TrainSection(ModelSection(16, 1, 2), TrainConfig(steps=3, sequence_length=32))
     for section in (wide, longer):
         inputs = {"dataset_folder": done / "dataset"}
-        with pytest.raises(UserError, match=r"embedding_dim=17|hold 16 tokens"):
+        with pytest.raises(UserError, match=r"num_heads=17|hold 16 tokens"):
             run_stage(find_stage("train"), section, inputs, done / "train", 0, QUIET)
     with pytest.raises(UserError, match="There is no dataset"):
         run_stage(find_stage("train"), wide, {"dataset_folder": done}, done / "train", 0, QUIET)

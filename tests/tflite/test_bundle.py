@@ -119,6 +119,17 @@ def test_files_without_an_archive_are_read_as_before(tmp_path, tiny_model, tiny_
     assert gpt.generate("text", 3).startswith("text")
 
 
+def test_weights_that_look_like_the_end_of_an_archive_are_none(tmp_path, tiny_model):
+    from tf_gptopt.models.checkpoints import named_weights
+
+    model = tiny_model(vocab_size=300)
+    data, _ = build_tflite(model.config, named_weights(model), QuantConfig("float32"))
+    looks = b"PK\5\6" + bytes(18)  # as zipfile takes it for one
+    (tmp_path / "m.tflite").write_bytes(data + looks + bytes(400))
+    assert zipfile.is_zipfile(tmp_path / "m.tflite")
+    assert read_files(tmp_path / "m.tflite") == {}
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_the_tokenizer_is_the_one_that_was_there_on_loading(
     tmp_path, tiny_model, tiny_tokenizer, inside

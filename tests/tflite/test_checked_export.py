@@ -69,7 +69,7 @@ def _no_past(monkeypatch):
 
 
 def _no_gelu(monkeypatch):
-    monkeypatch.setattr(Graph, "gelu", lambda graph, x: x)
+    monkeypatch.setattr(Graph, "gelu", lambda graph, x, **kwargs: x)
 
 
 @pytest.mark.parametrize("scheme", [QuantConfig("float32"), CHILD, QuantConfig()])

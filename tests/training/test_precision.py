@@ -74,7 +74,7 @@ def nodes_that_run(model):
         context.disable_run_metadata()
     parts = [part for g in graphs for part in (g, *g.library.function)]
     nodes = [n for part in parts for n in getattr(part, "node", None) or part.node_def]
-    return [(n.op, tf.dtypes.as_dtype(n.attr["T"].type)) for n in nodes if "T" in n.attr]
+    return [(n.op, tf.dtypes.as_dtype(n.attr["T"].type)) for n in nodes if n.attr["T"].type]
 
 
 def test_the_graph_that_runs_multiplies_bfloat16_and_updates_float32():

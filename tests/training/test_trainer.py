@@ -196,7 +196,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     same_size = build()
     same_size.compile("sgd", "sparse_categorical_crossentropy")
     with pytest.raises(
-        UserError, match=r"loss\.class was 'NextTokenLoss' and is 'sparse_cat.*AdamW"
+        UserError, match=r"loss\.class was 'NextTokenLoss' and is 'SparseCat.*AdamW"
     ):
         fit(same_size, Counting(), CONFIG, tmp_path, [], quiet)
 

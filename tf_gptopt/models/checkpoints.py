@@ -397,7 +397,7 @@ def _build(
         file = folder / TOKENIZER_FILE
         if tokenizer_hash and not file.is_file():
             raise UserError(
-                f"{file} is missing: the model was saved with a tokenizer. Restore the file, or "
+                f"{folder} was saved with a tokenizer.json, and it is not there. Restore it, or "
                 "remove 'tokenizer_sha256' from config.json to do without."
             )
         # a wrong tokenizer of the right size would be silent nonsense

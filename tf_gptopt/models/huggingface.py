@@ -59,7 +59,7 @@ def read_gpt2(folder: Path, config: dict[str, Any]) -> tuple[GPTConfig, dict[str
     Raises:
         UserError: for another architecture, an unsupported option, and missing or damaged files.
     """
-    shape = _gpt_config(config)  # judged before a tensor is read
+    shape = shape_of(config)  # judged before a tensor is read
     tensors = {
         name.removeprefix("transformer."): tensor for name, tensor in _read_all(folder).items()
     }
@@ -130,7 +130,7 @@ def to_gpt2(
     return theirs, tensors
 
 
-def _gpt_config(config: dict[str, Any]) -> GPTConfig:
+def shape_of(config: dict[str, Any]) -> GPTConfig:
     kind = config["model_type"]
     if kind != "gpt2":
         raise UserError(f"Only model_type 'gpt2' can be read. Received: {kind!r}.")

@@ -78,6 +78,7 @@ def linear_cross_entropy(
             return tf.reduce_sum(losses * weights[i]), probabilities, log_z
 
         def backward(i: Any, *softmax: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            # log_z comes out of the loss, which is done with the logits before the gradient begins
             slope = cross_entropy_gradient(*softmax, labels[i], weights[i], form)
             slope = tf.cast(slope, table.dtype)
             wide = tf.matmul(pieces[i], slope, transpose_a=True)  # (width, vocab): see TokenLogits

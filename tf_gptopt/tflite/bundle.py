@@ -44,6 +44,7 @@ _BESIDE = (
     "generation_config.json",
 )
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the first date of ZIP: equal content gives equal bytes
+_END_BYTES = 22  # of an archive's last record, without a comment
 _MOST_BYTES = 2**28  # of a packed file when unpacked: far above any tokenizer
 
 
@@ -66,7 +67,7 @@ def read_files(path: str | os.PathLike) -> dict[str, bytes]:
         UserError: when the archive is damaged.
     """
     try:
-        if not zipfile.is_zipfile(path):
+        if not _ends_with_archive(path):
             return {}
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -79,6 +80,16 @@ def read_files(path: str | os.PathLike) -> dict[str, bytes]:
         raise UserError(
             f"The archive inside {path} is damaged ({error}). Copy or export the file again."
         ) from None
+
+
+def _ends_with_archive(path: str | os.PathLike) -> bool:
+    """Whether an archive's end is that of the file; `zipfile.is_zipfile` also takes four bytes of
+    weights for one, if they happen to be its mark."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _END_BYTES))
+        end = file.read()
+    return len(end) == _END_BYTES and end.startswith(b"PK\5\6") and end.endswith(b"\0\0")
 
 
 def archive_start(path: str | os.PathLike) -> int:

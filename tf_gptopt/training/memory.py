@@ -37,8 +37,10 @@ COMPUTE_BYTES = {"float32": 4, "mixed_bfloat16": 2, "mixed_float16": 2}
 MOMENTS = 2  # AdamW's, float32 for each weight
 ATTENTION_BLOCK = 128  # queries: BLOCK of models/attention.py
 CHUNK = 1 << 24  # logits: CHUNK of models/linear_cross_entropy.py
-# Logits, probabilities and gradient in float32, the 16-bit ones, and half a copy inside softmax
-LOGIT_BYTES = {"float32": 14, "mixed_bfloat16": 18, "mixed_float16": 18}
+# Two of logits, probabilities and gradient in float32 at a time, and the 16-bit ones
+LOGIT_BYTES = {"float32": 8, "mixed_bfloat16": 10, "mixed_float16": 18}
+# Divided by vocabulary all three, the 16-bit ones, and half a copy inside softmax
+DIVIDED_LOGIT_BYTES = {"float32": 14, "mixed_bfloat16": 18, "mixed_float16": 18}
 MARGIN = 0.15  # how far above the estimate a step was measured at most
 
 
@@ -241,11 +243,11 @@ def _attended(time: int) -> int:
 def _loss_work(share: Share, step: Step) -> int:
     """Bytes that the loss works with: a chunk of logits, and the gradient of its input."""
     vocab = -(-share.config.vocab_size // share.split)
-    logits = _tokens(share, step) * vocab
+    logits, each = _tokens(share, step) * vocab, DIVIDED_LOGIT_BYTES
     if not share.mesh:
-        logits = min(logits, max(CHUNK, vocab))
+        logits, each = min(logits, max(CHUNK, vocab)), LOGIT_BYTES
     width = 2 * _tokens(share, step) * share.config.embedding_dim * COMPUTE_BYTES[step.precision]
-    return logits * LOGIT_BYTES[step.precision] + width
+    return logits * each[step.precision] + width
 
 
 def _tokens(share: Share, step: Step) -> int:

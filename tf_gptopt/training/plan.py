@@ -282,9 +282,9 @@ def folder_shape(folder: str | os.PathLike) -> GPTConfig:
         return GPTConfig.from_dict(config["gpt"])
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"{folder}/config.json describes no GPT. Name a folder with a model.")
-    from tf_gptopt.models.huggingface import _gpt_config
+    from tf_gptopt.models.huggingface import shape_of
 
-    return _gpt_config(config, config.get("tie_word_embeddings") is not False)
+    return shape_of(config)
 
 
 def human(count: int) -> str:

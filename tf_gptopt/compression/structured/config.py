@@ -135,7 +135,7 @@ class ShrinkConfig:
             most = max(wanted) if isinstance(wanted, tuple) else wanted or 0
             if most > max(there):
                 raise UserError(
-                    f"A block has at most {max(there)} of {name}; shrinking makes no new ones. "
+                    f"Block 0 has {there[0]} of {name}; shrinking makes no new ones. "
                     f"Received: {name}={wanted}."
                 )
 

@@ -89,7 +89,8 @@ def _activation(gpt: GatedGPT, token_ids: np.ndarray, gates: Units) -> Units:
     layers, heads, neurons, norms = [], [], [], []
     for i in range(gpt.config.num_layers):
         x, seen = gpt.block(i, x, gates, token_ids)
-        layers.append(np.sum(1.0 - np.asarray(seen.similarity, np.float64)))
+        # rounding alone makes a cosine larger than 1
+        layers.append(np.sum(np.maximum(0.0, 1.0 - np.asarray(seen.similarity, np.float64))))
         heads.append(_squares(seen.heads))
         neurons.append(_squares(seen.neurons))
         norms += [_squares(seen.norms[0]), _squares(seen.norms[1])]
